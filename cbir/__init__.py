@@ -1,0 +1,1 @@
+"""cbir: a distributed batch indexing pipeline for instance-level image retrieval."""

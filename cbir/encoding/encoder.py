@@ -1,0 +1,39 @@
+"""The role of an encoder: features in, features of another form out."""
+
+from typing import ClassVar, Protocol
+
+from cbir.spec import Method
+from cbir.types import FeatureBatch, State
+
+__all__ = ["Encoder", "EncoderSpec"]
+
+
+class Encoder(Protocol):
+    """A trained encoder. `encode(a ++ b) == encode(a) ++ encode(b)`."""
+
+    def encode(self, batch: FeatureBatch) -> FeatureBatch:
+        """The batch in encoded form: the same images, in the same order."""
+        ...
+
+    def state(self) -> State:
+        """Everything that `EncoderSpec.restore` needs to build the same encoder again."""
+        ...
+
+
+class EncoderSpec(Method):
+    """Configuration of an encoder; `trained` says whether `fit` looks at the sample."""
+
+    role: ClassVar[str] = "encoder"
+
+    @property
+    def trained(self) -> bool:
+        """Whether a sample is needed."""
+        return False
+
+    def fit(self, sample: FeatureBatch, seed: int) -> Encoder:
+        """Train on the sample; the same sample and seed give the same bytes. DataError if the sample is too small."""
+        raise NotImplementedError
+
+    def restore(self, state: State) -> Encoder:
+        """The encoder that had this state."""
+        raise NotImplementedError

@@ -1,0 +1,68 @@
+"""The role of an index: encoded features in, a searchable structure out.
+
+A trained, empty `Index` turns features into *entries*, an Arrow table with one row per stored vector (or posting) that
+can be written as a plain Parquet file per shard. A partition is built from the entries of any number of shards, so
+that merging is concatenation: `build(entries(a) ++ entries(b))` is the index of `a ++ b`.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import pyarrow as pa
+
+from cbir.spec import Method
+from cbir.types import FeatureBatch, Hits, State
+
+__all__ = ["Index", "IndexSpec", "SearchIndex"]
+
+
+class SearchIndex(Protocol):
+    """One partition, ready to answer."""
+
+    def search(self, queries: FeatureBatch, depth: int) -> Hits:
+        """The best `depth` images of this partition for each query image; scores higher is better."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the partition as one file; equal entries give equal bytes."""
+        ...
+
+
+class Index(Protocol):
+    """A trained index without content."""
+
+    def entries(self, batch: FeatureBatch) -> pa.Table:
+        """One row per stored vector, first column `image_id` (int64), the rest as the method documents."""
+        ...
+
+    def build(self, entries: pa.Table) -> SearchIndex:
+        """The searchable partition of these entries; their order does not matter."""
+        ...
+
+    def state(self) -> State:
+        """Everything that `IndexSpec.restore` needs."""
+        ...
+
+
+class IndexSpec(Method):
+    """Configuration of an index."""
+
+    role: ClassVar[str] = "index"
+
+    suffix: ClassVar[str]
+
+    def train(self, sample: FeatureBatch, seed: int) -> Index:
+        """Train on encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""
+        raise NotImplementedError
+
+    def restore(self, state: State) -> Index:
+        """The trained index that had this state."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> SearchIndex:
+        """Open a partition that `SearchIndex.save` wrote, memory-mapped where the format allows it."""
+        raise NotImplementedError
+
+    def entry_bytes(self, dim: int) -> int:
+        """Bytes of one stored vector of D = dim, for the planning of partitions."""
+        raise NotImplementedError

@@ -1,0 +1,236 @@
+"""The nouns that travel between stages, and the legend of shape letters.
+
+Shape letters, used in every docstring: N images, K features (rows of descriptors), D dimensions, G geometry
+columns, W visual words, Q queries, R results per query, C channels of a feature map, H height and W width in pixels.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+__all__ = [
+    "FEATURES_SCHEMA",
+    "Array",
+    "FeatureBatch",
+    "Floats",
+    "Hits",
+    "ImageBatch",
+    "Int64s",
+    "Pixels",
+    "State",
+    "image_id",
+]
+
+Int64s = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
+State = Mapping[str, Array]
+"""What training found, as named arrays; stored as one safetensors file."""
+
+
+def image_id(key: str) -> int:
+    """The stable id of an image: 63 bits of BLAKE2b of its key, the same in every shard, order and run."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Decoded, upright RGB images.
+
+    `images[i]` is (H, W, 3) uint8. `sizes` (N, 2) holds height and width in pixels of the upright original, so that an
+    extractor can report geometry in pixels of the original whatever size it was decoded at.
+    """
+
+    image_ids: Int64s
+    images: Sequence[Pixels]
+    sizes: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        n = len(self.image_ids)
+        if len(self.images) != n or self.sizes.shape != (n, 2):
+            raise ValueError(f"{n} image ids, {len(self.images)} images and sizes {self.sizes.shape} do not agree")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features of N images, K rows in all: a global descriptor is the case of one row per image.
+
+    `image_ids` (N,) int64; `offsets` (N+1,) int64: image i owns rows offsets[i] to offsets[i+1]; `descriptors` (K, D),
+    C-contiguous; `geometry` (K, G) float32, G = 0 for global descriptors, else x, y in pixels of the upright original
+    image, size in pixels (diameter), angle in degrees, and two optional columns of affine shape.
+    """
+
+    image_ids: Int64s
+    offsets: Int64s
+    descriptors: Array
+    geometry: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    def __post_init__(self) -> None:
+        if self.geometry.size == 0 and self.geometry.shape[0] != len(self.descriptors):
+            object.__setattr__(self, "geometry", np.empty((len(self.descriptors), 0), np.float32))
+        n, k = len(self.image_ids), len(self.descriptors)
+        if self.descriptors.ndim != 2:
+            raise ValueError(f"descriptors must be (K, D), found shape {self.descriptors.shape}")
+        if self.offsets.shape != (n + 1,) or self.offsets[0] != 0 or self.offsets[-1] != k:
+            raise ValueError(f"offsets {self.offsets.shape} do not divide {k} rows among {n} images")
+        if len(self.geometry) != k:
+            raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}")
+
+    @classmethod
+    def of_global(cls, image_ids: Int64s, descriptors: Array) -> "FeatureBatch":
+        """One row per image: descriptors (N, D)."""
+        return cls(image_ids, np.arange(len(image_ids) + 1, dtype=np.int64), descriptors)
+
+    @classmethod
+    def of_images(
+        cls, image_ids: Int64s, descriptors: Sequence[Array], geometry: Sequence[Floats] | None = None
+    ) -> "FeatureBatch":
+        """From one array of rows per image; at least one image."""
+        offsets = np.zeros(len(image_ids) + 1, np.int64)
+        np.cumsum([len(rows) for rows in descriptors], out=offsets[1:])
+        stacked = np.ascontiguousarray(np.concatenate(descriptors))
+        if geometry is None:
+            return cls(image_ids, offsets, stacked)
+        return cls(image_ids, offsets, stacked, np.ascontiguousarray(np.concatenate(geometry)))
+
+    @classmethod
+    def concatenate(cls, batches: Iterable["FeatureBatch"]) -> "FeatureBatch":
+        """Batches one after the other: `a ++ b`. At least one batch, all of one D and G."""
+        parts = list(batches)
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        return cls(
+            np.concatenate([part.image_ids for part in parts]),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)]),
+            np.concatenate([part.descriptors for part in parts]),
+            np.concatenate([part.geometry for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def counts(self) -> Int64s:
+        """Rows per image (N,)."""
+        return np.diff(self.offsets)
+
+    def rows(self, i: int) -> slice:
+        """The rows of image number i."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def take(self, indices: Int64s) -> "FeatureBatch":
+        """The images with these positions, in this order; positions may repeat."""
+        starts, counts = self.offsets[indices], self.counts[indices]
+        offsets = np.zeros(len(indices) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        rows = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
+        return FeatureBatch(self.image_ids[indices], offsets, self.descriptors[rows], self.geometry[rows])
+
+    def with_descriptors(self, descriptors: Array) -> "FeatureBatch":
+        """The same images and geometry with other descriptors (K, D')."""
+        return FeatureBatch(self.image_ids, self.offsets, descriptors, self.geometry)
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """One row per image in FEATURES_SCHEMA; dtype, D and G stand in the schema's metadata."""
+        metadata = {
+            "dtype": self.descriptors.dtype.name,
+            "dim": str(self.descriptors.shape[1]),
+            "geometry_columns": str(self.geometry.shape[1]),
+        }
+        columns = [
+            pa.array(self.image_ids),
+            pa.array(self.counts.astype(np.int32)),
+            _binary_column(self.descriptors, self.offsets),
+            _binary_column(self.geometry, self.offsets),
+        ]
+        return pa.record_batch(columns, schema=FEATURES_SCHEMA.with_metadata(metadata))
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table | pa.RecordBatch) -> "FeatureBatch":
+        """Back from `to_arrow`; other columns of the table are ignored."""
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        counts = table.column("num_features").to_numpy().astype(np.int64)
+        return cls(
+            np.ascontiguousarray(table.column("image_id").to_numpy()),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+            _from_binary(table.column("descriptors"), np.dtype(metadata["dtype"]), int(metadata["dim"])),
+            _from_binary(table.column("geometry"), np.dtype(np.float32), int(metadata["geometry_columns"])),
+        )
+
+
+FEATURES_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("num_features", pa.int32(), nullable=False),
+        pa.field("descriptors", pa.large_binary(), nullable=False),
+        pa.field("geometry", pa.large_binary(), nullable=False),
+    ]
+)
+"""One row per image. `descriptors` holds num_features x dim values, row-major and little-endian, in the dtype that the
+schema's metadata names: `np.frombuffer(row["descriptors"], dtype).reshape(-1, dim)`. `geometry` likewise in float32."""
+
+
+def _binary_column(rows: Array, offsets: Int64s) -> pa.LargeBinaryArray:
+    width = rows.shape[1] * rows.itemsize
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(offsets * width)), pa.py_buffer(np.ascontiguousarray(rows))]
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def _from_binary(column: pa.ChunkedArray | pa.Array, dtype: np.dtype[Any], width: int) -> Array:
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    parts = [_chunk_bytes(chunk) for chunk in chunks]
+    raw = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
+    return raw.view(dtype).reshape(-1, width) if width else np.empty((0, 0), dtype)
+
+
+def _chunk_bytes(chunk: pa.LargeBinaryArray) -> npt.NDArray[np.uint8]:
+    _, offset_buffer, data = chunk.buffers()
+    if len(chunk) == 0 or data is None:
+        return np.empty(0, np.uint8)
+    offsets = np.frombuffer(offset_buffer, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Ranked results: `image_ids` (Q, R) int64, padded with -1; `scores` (Q, R) float32, higher is better.
+
+    Every row is sorted by falling score; equal scores are sorted by rising id, so that the number of shards,
+    partitions or workers never shows in a ranking. The scores of padding are -inf.
+    """
+
+    image_ids: Int64s
+    scores: Floats
+
+    def __post_init__(self) -> None:
+        if self.image_ids.shape != self.scores.shape or self.image_ids.ndim != 2:
+            raise ValueError(f"ids {self.image_ids.shape} and scores {self.scores.shape} must be one (Q, R) shape")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @classmethod
+    def ranked(cls, image_ids: Int64s, scores: Floats, depth: int) -> "Hits":
+        """Sort unordered candidates (Q, M), -1 marking none, and keep the best `depth`, padded if M < depth."""
+        scores = np.where(image_ids < 0, -np.inf, scores).astype(np.float32)
+        order = np.lexsort((image_ids, -scores))[:, :depth]
+        ids, best = np.take_along_axis(image_ids, order, 1), np.take_along_axis(scores, order, 1)
+        missing = depth - ids.shape[1]
+        if missing > 0:
+            ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
+            best = np.pad(best, ((0, 0), (0, missing)), constant_values=-np.inf)
+        return cls(ids, best)
+
+    @classmethod
+    def merge(cls, parts: Sequence["Hits"], depth: int) -> "Hits":
+        """The best `depth` of the hits of several partitions; an image lies in one partition only."""
+        ids = np.concatenate([part.image_ids for part in parts], axis=1)
+        return cls.ranked(ids, np.concatenate([part.scores for part in parts], axis=1), depth)
