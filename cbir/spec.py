@@ -38,7 +38,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def fingerprint(*parts: Any) -> str:
     """sha256 over the canonical JSON of the parts: equal parts, equal fingerprint, on every machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Spec(BaseModel):
@@ -53,7 +54,8 @@ class Spec(BaseModel):
             unknown = [key for key in data if key not in cls.model_fields]
             if unknown:
                 hint = nearest(str(unknown[0]), cls.model_fields)
-                raise PydanticCustomError("unknown_key", "unknown key '{key}'{hint}", {"key": unknown[0], "hint": hint})
+                message = f"unknown key '{unknown[0]}'{hint}"  # as one value: a key may hold braces of its own
+                raise PydanticCustomError("unknown_key", "{message}", {"message": message})
         return data
 
 

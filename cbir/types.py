@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cbir.errors import ArtifactError
+
 __all__ = [
     "FEATURES_SCHEMA",
     "Array",
@@ -80,7 +82,8 @@ class FeatureBatch:
         n, k = len(self.image_ids), len(self.descriptors)
         if self.descriptors.ndim != 2:
             raise ValueError(f"descriptors must be (K, D), found shape {self.descriptors.shape}")
-        if self.offsets.shape != (n + 1,) or self.offsets[0] != 0 or self.offsets[-1] != k:
+        ends = self.offsets.shape == (n + 1,) and self.offsets[0] == 0 and self.offsets[-1] == k
+        if not ends or (self.counts < 0).any():
             raise ValueError(f"offsets {self.offsets.shape} do not divide {k} rows among {n} images")
         if len(self.geometry) != k:
             raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}")
@@ -155,8 +158,14 @@ class FeatureBatch:
 
     @classmethod
     def from_arrow(cls, table: pa.Table | pa.RecordBatch) -> "FeatureBatch":
-        """Back from `to_arrow`; other columns of the table are ignored."""
+        """Back from `to_arrow`; other columns of the table are ignored. ArtifactError if it is no table of features."""
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        missing = {"dtype", "dim", "geometry_columns"} - metadata.keys()
+        if missing:
+            raise ArtifactError(
+                f"the table's metadata lacks {', '.join(sorted(missing))}; "
+                f"its columns are {', '.join(table.schema.names)}, so it was not written as a table of features"
+            )
         counts = table.column("num_features").to_numpy().astype(np.int64)
         return cls(
             np.ascontiguousarray(table.column("image_id").to_numpy()),
@@ -221,7 +230,7 @@ class Hits:
     def ranked(cls, image_ids: Int64s, scores: Floats, depth: int) -> "Hits":
         """Sort unordered candidates (Q, M), -1 marking none, and keep the best `depth`, padded if M < depth."""
         scores = np.where(image_ids < 0, -np.inf, scores).astype(np.float32)
-        order = np.lexsort((image_ids, -scores))[:, :depth]
+        order = np.lexsort((image_ids, image_ids < 0, -scores))[:, :depth]
         ids, best = np.take_along_axis(image_ids, order, 1), np.take_along_axis(scores, order, 1)
         missing = depth - ids.shape[1]
         if missing > 0:

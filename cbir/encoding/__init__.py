@@ -1,4 +1,7 @@
-"""Encoders: codebooks, aggregation, normalisation and projection of features. Importing the package registers every encoder."""
+"""Encoders: codebooks, aggregation, normalisation and projection of features.
+
+Importing the package registers every encoder.
+"""
 
 from cbir.spec import import_methods
 

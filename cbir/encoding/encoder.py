@@ -24,6 +24,8 @@ class EncoderSpec(Method):
     """Configuration of an encoder; `trained` says whether `fit` looks at the sample."""
 
     role: ClassVar[str] = "encoder"
+    aggregates: ClassVar[bool] = False
+    """Whether it turns the local features of an image into one descriptor."""
 
     @property
     def trained(self) -> bool:

@@ -23,6 +23,8 @@ class ExtractorSpec(Method):
     """Configuration of an extractor."""
 
     role: ClassVar[str] = "extractor"
+    local: ClassVar[bool] = False
+    """Whether an image has many features, with a geometry each, rather than one descriptor."""
 
     @property
     def view(self) -> View:

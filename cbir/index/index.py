@@ -6,7 +6,7 @@ that merging is concatenation: `build(entries(a) ++ entries(b))` is the index of
 """
 
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import pyarrow as pa
 
@@ -50,6 +50,9 @@ class IndexSpec(Method):
     role: ClassVar[str] = "index"
 
     suffix: ClassVar[str]
+    """The file extension of a partition."""
+    metric: Literal["ip", "l2"] = "ip"
+    """How vectors are compared: by inner product, or by squared Euclidean distance."""
 
     def train(self, sample: FeatureBatch, seed: int) -> Index:
         """Train on encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""

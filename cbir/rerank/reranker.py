@@ -52,11 +52,9 @@ class RerankerSpec(Method):
 
     role: ClassVar[str] = "reranker"
 
+    channel: str | None = None
+    """The channel whose stored features it reads (`keep_features: true` is needed there), if any."""
+
     def build(self) -> Reranker:
         """The working reranker."""
-        raise NotImplementedError
-
-    @property
-    def channel(self) -> str | None:
-        """The channel whose stored features it reads (`keep_features: true` is needed there), if any."""
         raise NotImplementedError
