@@ -1,0 +1,255 @@
+"""Any S3 server as a store.
+
+Every request has stated time-outs and is tried again by our own loop: boto3's does not cover a body that is cut, stalls
+or is damaged on the way, and a hidden retry of a conditional write is refused because of its own first attempt.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError
+
+from cbir.errors import ConfigError, ObjectMissing, StorageError
+from cbir.storage.disk import HIDDEN, disk_errors
+from cbir.storage.multipart import Upload, content_md5, read_slice
+from cbir.storage.ranged import RangedReader
+from cbir.storage.retry import S3Settings, attempts
+from cbir.storage.s3_errors import S3_ERRORS, code, explained, refused, transient
+from cbir.storage.store import ObjectInfo, Store
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["S3Store"]
+
+T = TypeVar("T")
+_CONNECTIONS = 32
+_BUFFER_BYTES = 256 << 10
+_STREAMED_BYTES = 256 << 10
+
+
+class S3Store(Store):
+    """Objects below `s3://bucket/prefix`.
+
+    Endpoint, region and credentials are those of boto3 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). The tag
+    of an object is its ETag without quotes. `create` and `swap` are single PUTs; where their outcome is unknown (no
+    answer, 5xx, a refusal that may be due to our own lost attempt), the object is read and its bytes decide.
+    """
+
+    def __init__(self, uri: str, settings: S3Settings | None = None) -> None:
+        self._settings = settings or S3Settings.from_environment()
+        self._bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+        if not self._bucket:
+            raise ConfigError(f"{uri} names no bucket; use s3://bucket/prefix")
+        self._base = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{self._bucket}/{prefix}" if prefix else f"s3://{self._bucket}"
+        self._client = _client(self.uri, self._settings)
+        self._quoted = True
+        self._bucket_seen = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.uri, self._settings)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Page by page; leaves out the empty objects with a slash at the end, by which consoles mark folders."""
+        last = b""
+        for page in self._pages(prefix):
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(self._base)
+                if key.encode() < last:
+                    raise StorageError(f"{self.uri}: the server does not list in byte order of the keys; use another")
+                last = key.encode()
+                marker = key.endswith("/") and found["Size"] == 0
+                if key and not marker and not key.rpartition("/")[2].startswith(HIDDEN):
+                    yield ObjectInfo(key, found["Size"], found["ETag"].strip('"'))
+
+    def _pages(self, prefix: str) -> Iterator[Any]:
+        request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._base + prefix}
+        while True:
+            page = self._call("", partial(self._client.list_objects_v2, **request))
+            yield page
+            if not page["IsTruncated"]:
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def stat(self, key: str) -> ObjectInfo:
+        """The tag is the ETag."""
+        try:
+            head = self._call(key, partial(self._client.head_object, **self._where(key)))
+        except ObjectMissing:
+            self._see_bucket()
+            raise
+        return ObjectInfo(key, head["ContentLength"], head["ETag"].strip('"'))
+
+    def _see_bucket(self) -> None:
+        # a HEAD does not say whether the key or the whole bucket is missing
+        if not self._bucket_seen:
+            self._call("", partial(self._client.head_bucket, Bucket=self._bucket))
+            self._bucket_seen = True
+
+    def _read(self, key: str, start: int, length: int | None) -> bytes:
+        if length == 0:  # a range of nothing cannot be asked for
+            self.stat(key)
+            return b""
+        whole = start == 0 and length is None
+        return self._get(key, **({} if whole else {"Range": _range(start, length)}))[0]
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        """The tag is the ETag."""
+        return self._get(key)
+
+    def _get(self, key: str, **extra: str) -> tuple[bytes, str]:
+        return self._call(key, partial(self._body, key, {**self._where(key), **extra}))
+
+    def _body(self, key: str, request: dict[str, Any]) -> tuple[bytes, str]:
+        try:
+            response = self._client.get_object(**request)
+        except S3_ERRORS as error:
+            if code(error) == "InvalidRange":
+                return b"", ""
+            raise
+        if "Range" in request and "ContentRange" not in response:
+            raise StorageError(f"{self.place(key)}: the server ignores ranges of objects; use another")
+        with response["Body"] as body:
+            return body.read(), response["ETag"].strip('"')  # read() raises if less arrives than was announced
+
+    def open(self, key: str) -> BinaryIO:
+        """Ranged reads of the state that the object has now, with read-ahead; StorageError if it is replaced."""
+        found = self.stat(key)
+        fetch = partial(self._block, key, found.tag)
+        return io.BufferedReader(RangedReader(fetch, found.size, self._settings.block_bytes), _BUFFER_BYTES)
+
+    def _block(self, key: str, tag: str, start: int, length: int) -> bytes:
+        data, _ = self._get(key, Range=_range(start, length), IfMatch=f'"{tag}"')
+        if len(data) != length:
+            raise StorageError(f"{self.place(key)}: {len(data)} bytes at {start} instead of {length}; run again")
+        return data
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        """One PUT, or several parts where it is large."""
+        size = len(data) if isinstance(data, bytes) else _file_size(data)
+        if size > self._settings.part_bytes:
+            call: Callable[[Callable[[], Any]], Any] = partial(self._call, key)
+            Upload(self._client, call, self._where(key), data, size, self._settings.part_bytes).run()
+        else:
+            self._call(key, partial(self._put, key, data if isinstance(data, bytes) else read_slice(data, 0, size)))
+
+    def _put(self, key: str, data: bytes, **condition: str) -> None:
+        # as a file, a body is sent piece by piece and the time-out holds for each; as bytes, for all of it together
+        body = data if len(data) <= _STREAMED_BYTES else io.BytesIO(data)
+        request: dict[str, Any] = {**self._where(key), "Body": body, "ContentMD5": content_md5(data), **condition}
+        self._client.put_object(**request)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """If-None-Match: *."""
+        return self._put_if(key, data, None)
+
+    def swap(self, key: str, data: bytes, tag: str) -> bool:
+        """If-Match. Whether the server wants the ETag with or without quotes is found out when it refuses."""
+        return self._put_if(key, data, tag)
+
+    def _put_if(self, key: str, data: bytes, tag: str | None) -> bool:
+        failure: Exception | None = None
+        for _ in attempts(self._settings):
+            quoted = self._quoted
+            try:
+                self._put(key, data, **_condition(tag, quoted))
+                return True
+            except S3_ERRORS as error:
+                if not transient(error) and not refused(error):
+                    raise self._explained(error, key) from error
+                failure = error
+            found, found_tag = self._find(key)
+            if found == data:
+                return True
+            if found_tag != tag:
+                return False
+            if tag is not None and refused(failure):  # it is as we know it, and still refused: wrong quotes
+                self._quoted = not quoted
+        assert failure is not None
+        raise self._explained(failure, key) from failure
+
+    def _find(self, key: str) -> tuple[bytes | None, str | None]:
+        try:
+            return self.read_tagged(key)
+        except ObjectMissing:
+            return None, None
+
+    def delete(self, key: str) -> None:
+        """Unconditional."""
+        try:
+            self._call(key, partial(self._client.delete_object, **self._where(key)))
+        except ObjectMissing:
+            return
+
+    def local_path(self, key: str) -> Path | None:  # noqa: ARG002
+        """Never."""
+        return None
+
+    def _where(self, key: str) -> dict[str, Any]:
+        if not key:
+            raise StorageError(f"{self.uri}: an empty key")
+        return {"Bucket": self._bucket, "Key": self._base + key}
+
+    def _call(self, key: str, action: Callable[[], T]) -> T:
+        """The result of an action that may be repeated, tried until it succeeds or cannot."""
+        failure: Exception | None = None
+        for _ in attempts(self._settings):
+            try:
+                return action()
+            except S3_ERRORS as error:
+                if not transient(error):
+                    raise self._explained(error, key) from error
+                failure = error
+        assert failure is not None
+        raise self._explained(failure, key) from failure
+
+    def _explained(self, error: Exception, key: str) -> StorageError:
+        return explained(error, self.place(key) if key else self.uri, self._client.meta.endpoint_url)
+
+
+def _client(uri: str, settings: S3Settings) -> "S3Client":
+    try:
+        session = boto3.session.Session()
+        client = _new_client(session, settings, "auto")
+        # a bucket's name before the host works with Amazon's DNS; elsewhere it belongs into the path
+        own = ".amazonaws.com" not in client.meta.endpoint_url
+        return _new_client(session, settings, "path") if own else client
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"{uri}: {error}; see AWS_ENDPOINT_URL, AWS_PROFILE and the files in ~/.aws") from error
+
+
+def _new_client(
+    session: boto3.session.Session, settings: S3Settings, addressing: Literal["auto", "path"]
+) -> "S3Client":
+    config = Config(
+        connect_timeout=settings.connect_s,
+        read_timeout=settings.read_s,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=_CONNECTIONS,
+        signature_version="s3v4",
+        s3={"addressing_style": addressing},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return session.client("s3", config=config)
+
+
+def _condition(tag: str | None, quoted: bool) -> dict[str, str]:
+    if tag is None:
+        return {"IfNoneMatch": "*"}
+    return {"IfMatch": f'"{tag}"' if quoted else tag}
+
+
+def _range(start: int, length: int | None) -> str:
+    return f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
+
+
+def _file_size(path: Path) -> int:
+    with disk_errors(str(path)):
+        return path.stat().st_size
