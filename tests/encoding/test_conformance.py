@@ -1,0 +1,176 @@
+"""What every encoder owes: the role's specification, run on all registered encoders.
+
+An encoder is tested with its defaults; a field without a default needs `Field(examples=[...])`, whose first value is
+taken here and shown to users by the schema.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+from safetensors.numpy import load, save
+
+import cbir.encoding  # noqa: F401 - registers the encoders
+from cbir.errors import DataError
+from cbir.spec import methods, one_of
+from cbir.types import FeatureBatch
+
+ENCODERS = methods("encoder")
+DIM, SEED = 128, 7
+
+
+def spec_of(name: str) -> Any:
+    fields = ENCODERS[name].model_fields
+    return ENCODERS[name](**{key: field.examples[0] for key, field in fields.items() if field.is_required()})
+
+
+def features(num_images: int, seed: int, dtype: str) -> FeatureBatch:
+    """Histogram-like local features, every fifth image without any, with a zero row and repeated rows."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 25, num_images) * (np.arange(num_images) % 5 != 3)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    rows = rng.gamma(0.5, 30.0, (offsets[-1], DIM)).clip(0, 255).astype(dtype)
+    if len(rows) > 3:
+        rows[1], rows[2] = 0, rows[0]
+    geometry = rng.random((len(rows), 4), dtype=np.float32)
+    return FeatureBatch(rng.permutation(num_images) + 10**12, offsets, rows, geometry)
+
+
+def freeze(batch: FeatureBatch) -> FeatureBatch:
+    for array in (batch.image_ids, batch.offsets, batch.descriptors, batch.geometry):
+        array.flags.writeable = False
+    return batch
+
+
+def assert_same_bits(left: FeatureBatch, right: FeatureBatch) -> None:
+    for name in ("image_ids", "offsets", "descriptors", "geometry"):
+        one, other = getattr(left, name), getattr(right, name)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), name
+        assert one.tobytes() == other.tobytes(), name
+
+
+@pytest.fixture(scope="module", params=list(ENCODERS))
+def spec(request):
+    return spec_of(request.param)
+
+
+@pytest.fixture(scope="module", params=["float32", "uint8"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def encoder(spec, dtype):
+    return spec.fit(freeze(features(40, 1, dtype)), SEED)
+
+
+@pytest.fixture
+def batch(dtype):
+    return freeze(features(30, 2, dtype))
+
+
+def test_the_output_is_finite_float32_of_the_same_images(spec, encoder, batch):
+    encoded = encoder.encode(batch)
+    assert encoded.descriptors.dtype == np.float32
+    assert encoded.descriptors.ndim == 2
+    assert encoded.descriptors.flags.c_contiguous
+    assert np.isfinite(encoded.descriptors).all()
+    np.testing.assert_array_equal(encoded.image_ids, batch.image_ids)
+    if spec.aggregates:
+        assert (encoded.counts == 1).all()
+        assert encoded.geometry.shape[1] == 0
+    else:
+        np.testing.assert_array_equal(encoded.offsets, batch.offsets)
+        np.testing.assert_array_equal(encoded.geometry, batch.geometry)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_may_be_cut_anywhere(encoder, batch, seed):
+    rng = np.random.default_rng(seed)
+    cuts = np.unique([0, *rng.integers(0, len(batch), 1 + 3 * seed), len(batch)])
+    parts = [batch.take(np.arange(a, b)) for a, b in itertools.pairwise(cuts)]
+    assert_same_bits(FeatureBatch.concatenate([encoder.encode(part) for part in parts]), encoder.encode(batch))
+
+
+def test_an_image_does_not_depend_on_its_neighbours(encoder, batch):
+    shuffled = np.random.default_rng(5).permutation(len(batch))
+    assert_same_bits(encoder.encode(batch.take(shuffled)), encoder.encode(batch).take(shuffled))
+    crowded = FeatureBatch.concatenate([features(50, 3, batch.descriptors.dtype.name), batch])
+    assert_same_bits(encoder.encode(crowded).take(np.arange(50, len(crowded))), encoder.encode(batch))
+
+
+def test_one_image(encoder, batch):
+    assert_same_bits(encoder.encode(batch.take(np.array([4]))), encoder.encode(batch).take(np.array([4])))
+
+
+def test_no_images(encoder, batch):
+    encoded, full = encoder.encode(batch.take(np.arange(0))), encoder.encode(batch)
+    assert len(encoded) == 0
+    assert encoded.descriptors.shape == (0, full.descriptors.shape[1])
+    assert encoded.descriptors.dtype == np.float32
+
+
+def test_images_without_features(spec, encoder, batch):
+    empty = batch.take(np.flatnonzero(batch.counts == 0))
+    assert len(empty) > 1
+    assert len(empty.descriptors) == 0
+    encoded = encoder.encode(empty)
+    np.testing.assert_array_equal(encoded.image_ids, empty.image_ids)
+    assert encoded.descriptors.shape[0] == (len(empty) if spec.aggregates else 0)
+    assert not encoded.descriptors.any()
+
+
+def test_a_zero_row_stays_finite(encoder):
+    zeros = FeatureBatch.of_global(np.arange(2), np.zeros((2, DIM), np.float32))
+    assert np.isfinite(encoder.encode(zeros).descriptors).all()
+
+
+def test_the_same_sample_and_seed_give_the_same_bytes(spec, encoder, batch, dtype):
+    again = spec.fit(features(40, 1, dtype), SEED)
+    assert save(dict(again.state())) == save(dict(encoder.state()))
+    assert_same_bits(again.encode(batch), encoder.encode(batch))
+
+
+def test_the_state_is_named_contiguous_arrays(encoder):
+    for name, array in encoder.state().items():
+        assert isinstance(name, str)
+        assert array.flags.c_contiguous, f"{name}: safetensors would store the memory of another layout"
+
+
+def test_the_state_restores_the_encoder(spec, encoder, batch):
+    stored = save(dict(encoder.state()))
+    restored = spec.restore(load(stored))
+    assert save(dict(restored.state())) == stored
+    assert_same_bits(restored.encode(batch), encoder.encode(batch))
+
+
+def test_the_spec_survives_json(spec):
+    assert type(spec).model_validate_json(spec.model_dump_json()) == spec
+    assert TypeAdapter(one_of("encoder")).validate_json(spec.model_dump_json()) == spec
+
+
+def test_the_method_is_documented(spec):
+    assert type(spec).__doc__
+    assert type(spec).paper
+
+
+def test_a_sample_that_is_too_small_is_refused_if_one_is_needed(spec, dtype):
+    for sample in (features(40, 1, dtype).take(np.arange(0)), features(1, 1, dtype).take(np.array([0]))):
+        sample = FeatureBatch.of_global(sample.image_ids, sample.descriptors[: len(sample)])
+        if spec.trained:
+            with pytest.raises(DataError, match="sample"):
+                spec.fit(sample, SEED)
+        else:
+            spec.fit(sample, SEED)
+
+
+def test_features_of_another_extractor_are_refused_if_it_was_trained(spec, encoder):
+    for num_rows in (0, 3):
+        other = FeatureBatch.of_global(np.arange(num_rows), np.ones((num_rows, DIM // 2), np.float32))
+        if spec.trained:
+            with pytest.raises(DataError, match="D = 64"):
+                encoder.encode(other)
+        else:
+            assert encoder.encode(other).descriptors.shape == (num_rows, DIM // 2)
