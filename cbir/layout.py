@@ -1,0 +1,148 @@
+"""The files of a version: which parts it has, and how a partition's id map and stored features are written and read.
+
+Published tables are Arrow IPC files without compression, so that a query process maps them instead of loading them;
+`pyarrow.ipc.open_file`, `pandas.read_feather` and, through pyarrow, DuckDB read them without this library.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cbir.errors import ArtifactError
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s
+
+__all__ = ["IDS_SCHEMA", "ChannelLayout", "FeatureFile", "IdMap", "Layout", "PartitionLayout", "partition_bounds"]
+
+IDS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("content_sha256", pa.binary(32), nullable=False),
+        pa.field("source", pa.int16(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("object", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+"""One row per image: its id and key, the sha256 of its bytes, where they lie (`source` numbers the configuration's
+`images`; kind, object, start and num_bytes are a `cbir.collection.Place`), and its upright size in pixels."""
+
+_BATCH_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class ChannelLayout:
+    """The trained state of one channel: keys of the store."""
+
+    encoders: tuple[str, ...]
+    index: str
+    assets: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PartitionLayout:
+    """One partition: the images with low <= image_id < high; keys of the store by channel."""
+
+    low: int
+    high: int
+    num_images: int
+    ids: str
+    quarantine: str
+    indexes: Mapping[str, str]
+    features: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which file of a version plays which part."""
+
+    channels: Mapping[str, ChannelLayout]
+    partitions: tuple[PartitionLayout, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Layout":
+        """Back from `to_json`, also after a round trip through JSON."""
+        channels = {
+            name: ChannelLayout(**{**channel, "encoders": tuple(channel["encoders"])})
+            for name, channel in data["channels"].items()
+        }
+        return cls(channels, tuple(PartitionLayout(**partition) for partition in data["partitions"]))
+
+
+def partition_bounds(num_partitions: int) -> list[tuple[int, int]]:
+    """Equal ranges of the 63-bit ids; ids are hashes, so equal ranges hold equally many images."""
+    edges = [(number << 63) // num_partitions for number in range(num_partitions + 1)]
+    return list(itertools.pairwise(edges))
+
+
+class IdMap:
+    """The id map of one partition, memory-mapped and sorted by id."""
+
+    def __init__(self, path: Path) -> None:
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.image_ids: Int64s = self.table.column("image_id").to_numpy()
+
+    @staticmethod
+    def write(path: Path, table: pa.Table) -> None:
+        """Write rows of IDS_SCHEMA sorted by id."""
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, IDS_SCHEMA) as writer:
+            writer.write_table(table.combine_chunks())
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def rows(self, image_ids: Int64s) -> pa.Table:
+        """The rows of these images, in this order; ArtifactError if the partition lacks one."""
+        return self.table.take(_positions(self.image_ids, image_ids))
+
+
+class FeatureFile:
+    """The extractor's features of one partition, memory-mapped and sorted by id."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
+        self._table = pa.Table.from_batches(batches, self._reader.schema)
+        self.image_ids: Int64s = self._table.column("image_id").to_numpy()
+
+    @staticmethod
+    def write(path: Path, batches: Iterator[FeatureBatch], empty: FeatureBatch) -> int:
+        """Write batches that are sorted by id; `empty` gives dtype and widths if there are none. Returns the images."""
+        first = empty.to_arrow()
+        images = 0
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            for batch in batches:
+                for start in range(0, len(batch), _BATCH_IMAGES):
+                    some = batch.take(np.arange(start, min(start + _BATCH_IMAGES, len(batch))))
+                    writer.write_batch(some.to_arrow())
+                    images += len(some)
+        return images
+
+    def read(self, image_ids: Int64s) -> FeatureBatch:
+        """The features of these images, in this order; ArtifactError if the file lacks one."""
+        positions = _positions(self.image_ids, image_ids)
+        rows = [self._table.slice(position, 1) for position in positions]
+        table = pa.concat_tables(rows) if rows else self._table.slice(0, 0)
+        return FeatureBatch.from_arrow(table.select(FEATURES_SCHEMA.names))
+
+
+def _positions(known: Int64s, wanted: Int64s) -> Int64s:
+    positions = np.searchsorted(known, wanted)
+    found = positions < len(known)
+    if len(known):
+        found &= known[np.minimum(positions, len(known) - 1)] == wanted
+    if not found.all():
+        raise ArtifactError(f"image id {wanted[~found][0]} is in the index but not in its id map; run `cbir verify`")
+    return positions

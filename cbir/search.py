@@ -1,0 +1,334 @@
+"""Search of a published version: partitions answer, a searcher encodes queries, fuses and re-ranks. No Ray.
+
+searcher = cbir.open("s3://indexes/landmarks")
+for result in searcher.search("picture.jpg", depth=10):
+    print(result.key, result.score)
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load as load_safetensors
+
+from cbir.collection import Place, read_place
+from cbir.config import Channel, Config, parse_config
+from cbir.encoding.encoder import Encoder
+from cbir.errors import DataError
+from cbir.images import BadImage, Decoded, Limits, View, decode
+from cbir.index.index import SearchIndex
+from cbir.layout import FeatureFile, IdMap, Layout, PartitionLayout
+from cbir.storage import Store, open_store
+from cbir.types import FeatureBatch, Hits, ImageBatch, Int64s
+from cbir.versions import Manifest, Versions
+
+__all__ = ["Answer", "Box", "LocalFiles", "Partition", "QueryEncoder", "Result", "Searcher", "open_version"]
+
+Box = tuple[float, float, float, float]
+"""x, y, width, height in pixels of the upright original."""
+
+
+class LocalFiles:
+    """Files of a store as local files: in place for a local store, else fetched once into a cache by content."""
+
+    def __init__(self, store: Store, manifest: Manifest, cache: Path | None = None) -> None:
+        self.store = store
+        self._files = {file.key: file for file in manifest.files}
+        self._cache = cache or Path(os.environ.get("CBIR_CACHE", Path.home() / ".cache" / "cbir"))
+
+    def path(self, key: str) -> Path:
+        """The local file with the content of this key, checked against its recorded sha256 when it is fetched."""
+        local = self.store.local_path(key)
+        if local is not None:
+            return local
+        file = self._files[key]
+        target = self._cache / f"{file.sha256}.{key.rsplit('.', 1)[-1]}"
+        if not target.exists():
+            self._cache.mkdir(parents=True, exist_ok=True)
+            self.store.fetch(key, target, file.sha256)
+        return target
+
+    def state(self, key: str) -> Mapping[str, np.ndarray[Any, Any]]:
+        """The arrays of a safetensors file."""
+        return load_safetensors(self.store.read(key, sha256=self._files[key].sha256))
+
+
+class PartitionLike(Protocol):
+    """What a searcher needs of a partition; the query pool has one whose partition lives in an actor."""
+
+    low: int
+    high: int
+
+    def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
+        """Hits by channel for encoded queries by channel."""
+        ...
+
+    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored features of these images of this partition."""
+        ...
+
+    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
+        """The rows of the id map of these images."""
+        ...
+
+    def keys(self) -> dict[int, str]:
+        """Key by id of every image of this partition."""
+        ...
+
+
+class Partition:
+    """One partition of one version, opened from its files."""
+
+    def __init__(self, config: Config, layout: PartitionLayout, files: LocalFiles) -> None:
+        self.low, self.high = layout.low, layout.high
+        self.ids = IdMap(files.path(layout.ids))
+        self.indexes: dict[str, SearchIndex] = {
+            name: config.channels[name].index.load(files.path(key)) for name, key in layout.indexes.items()
+        }
+        self._features = {name: FeatureFile(files.path(key)) for name, key in layout.features.items()}
+
+    def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
+        """Hits by channel for encoded queries by channel."""
+        return {name: self.indexes[name].search(batch, depth) for name, batch in queries.items()}
+
+    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored features of these images, in this order."""
+        return self._features[channel].read(image_ids)
+
+    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
+        """The rows of the id map of these images, in this order."""
+        rows: list[dict[str, Any]] = self.ids.rows(image_ids).to_pylist()
+        return rows
+
+    def keys(self) -> dict[int, str]:
+        """Key by id of every image of this partition."""
+        return dict(zip(self.ids.image_ids.tolist(), self.ids.table.column("key").to_pylist(), strict=True))
+
+
+class QueryEncoder:
+    """Extracts and encodes query pictures with exactly the trained state of a version."""
+
+    def __init__(self, config: Config, layout: Layout, files: LocalFiles, device: str = "cpu") -> None:
+        self._channels = config.channels
+        self._limits = config.limits
+        self._extractors = {
+            name: channel.extractor.build(
+                device, {field: files.path(key) for field, key in layout.channels[name].assets.items()}
+            )
+            for name, channel in config.channels.items()
+        }
+        self._encoders: dict[str, list[Encoder]] = {
+            name: restore_encoders(channel, layout.channels[name].encoders, files)
+            for name, channel in config.channels.items()
+        }
+
+    def extract(self, pictures: Sequence[bytes], boxes: Sequence[Box | None]) -> dict[str, FeatureBatch]:
+        """Raw features of the pictures by channel; DataError for a picture that cannot be decoded."""
+        return {
+            name: self._extractors[name].extract(self._decoded(pictures, boxes, channel.extractor.view))
+            for name, channel in self._channels.items()
+        }
+
+    def encode(self, features: Mapping[str, FeatureBatch]) -> dict[str, FeatureBatch]:
+        """The form in which the index holds features, by channel."""
+        return {name: encode_all(self._encoders[name], batch) for name, batch in features.items()}
+
+    def _decoded(self, pictures: Sequence[bytes], boxes: Sequence[Box | None], view: View) -> ImageBatch:
+        images = [
+            _decode_query(picture, box, view, self._limits, number)
+            for number, (picture, box) in enumerate(zip(pictures, boxes, strict=True))
+        ]
+        return ImageBatch(
+            np.arange(len(images), dtype=np.int64),
+            [image.pixels for image in images],
+            np.array([image.size for image in images], np.int32).reshape(-1, 2),
+        )
+
+
+def restore_encoders(channel: Channel, keys: Sequence[str], files: LocalFiles) -> list[Encoder]:
+    """The trained encoders of a channel."""
+    return [spec.restore(files.state(key)) for spec, key in zip(channel.encoders, keys, strict=True)]
+
+
+def encode_all(encoders: Sequence[Encoder], batch: FeatureBatch) -> FeatureBatch:
+    """The batch after every encoder in turn."""
+    for encoder in encoders:
+        batch = encoder.encode(batch)
+    return batch
+
+
+def _decode_query(picture: bytes, box: Box | None, view: View, limits: Limits, number: int) -> Decoded:
+    if box is not None:
+        picture = _crop(picture, box, limits, number)
+    return _decoded_or_error(decode(picture, view, limits), number)
+
+
+def _crop(picture: bytes, box: Box, limits: Limits, number: int) -> bytes:
+    """The box of the upright picture as PNG: a query is cropped before anything is resized."""
+    whole = _decoded_or_error(decode(picture, View(size=1 << 20), limits), number)
+    height, width = whole.size
+    x, y, w, h = box
+    left, top, right, bottom = max(round(x), 0), max(round(y), 0), min(round(x + w), width), min(round(y + h), height)
+    if right <= left or bottom <= top:
+        raise DataError(f"box {x:g},{y:g},{w:g},{h:g} lies outside the query picture of {width} x {height} pixels")
+    buffer = io.BytesIO()
+    Image.fromarray(whole.pixels[top:bottom, left:right]).save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def _decoded_or_error(result: Decoded | BadImage, number: int) -> Decoded:
+    if isinstance(result, BadImage):
+        raise DataError(f"query picture {number} cannot be used: {result.reason} ({result.detail})")
+    return result
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result: the image's key, its final score, and its score in every channel that found it."""
+
+    key: str
+    score: float
+    image_id: int
+    height: int
+    width: int
+    channels: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map."""
+
+    hits: Hits
+    by_channel: Mapping[str, Hits]
+    query_features: Mapping[str, FeatureBatch]
+    records: Mapping[int, Mapping[str, Any]]
+
+    def results(self, query: int) -> list[Result]:
+        """The ranked results of one query."""
+        scores = {
+            name: dict(zip(hits.image_ids[query].tolist(), hits.scores[query].tolist(), strict=True))
+            for name, hits in self.by_channel.items()
+        }
+        ids, final = self.hits.image_ids[query].tolist(), self.hits.scores[query].tolist()
+        return [self._result(i, score, scores) for i, score in zip(ids, final, strict=True) if i >= 0]
+
+    def _result(self, image: int, score: float, scores: Mapping[str, Mapping[int, float]]) -> Result:
+        record = self.records[image]
+        return Result(
+            key=record["key"],
+            score=score,
+            image_id=image,
+            height=record["height"],
+            width=record["width"],
+            channels={name: found[image] for name, found in scores.items() if image in found},
+        )
+
+
+class Searcher:
+    """Answers queries from one version: encode, search every partition, merge, fuse, re-rank."""
+
+    def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[PartitionLike]):
+        self.manifest, self.config = manifest, config
+        self.encoder, self.partitions = encoder, list(parts)
+        self._fusion = config.search.fuse.build() if config.search.fuse else None
+        self._rerankers = [spec.build() for spec in config.search.rerank]
+        self._edges = np.array([part.low for part in parts], np.int64)
+
+    def search(self, picture: bytes | str | Path, depth: int = 10, box: Box | None = None) -> list[Result]:
+        """The best `depth` images for one picture (a path or the bytes of an image file), or for a box in it."""
+        return self.answer([picture], [box], depth).results(0)
+
+    def answer(
+        self, pictures: Sequence[bytes | str | Path], boxes: Sequence[Box | None] | None = None, depth: int = 10
+    ) -> Answer:
+        """The same for several pictures at once, with everything that was found on the way."""
+        data = [picture if isinstance(picture, bytes) else _read_picture(picture) for picture in pictures]
+        raw = self.encoder.extract(data, boxes or [None] * len(data))
+        return self.answer_features(raw, depth)
+
+    def answer_features(self, raw: Mapping[str, FeatureBatch], depth: int) -> Answer:
+        """The same for raw features of the queries by channel."""
+        candidates = max(depth, self.config.search.depth)
+        by_channel = self.channel_hits(self.encoder.encode(raw), candidates)
+        hits = self._fusion.fuse(by_channel, candidates) if self._fusion else next(iter(by_channel.values()))
+        context = _Context(raw, self)
+        for reranker in self._rerankers:
+            hits = reranker.rerank(hits, context)
+        best = Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
+        return Answer(best, by_channel, raw, self._records(best.image_ids))
+
+    def channel_hits(self, encoded: Mapping[str, FeatureBatch], depth: int) -> dict[str, Hits]:
+        """The best `depth` images of each channel over all partitions."""
+        found = [partition.search(encoded, depth) for partition in self.partitions]
+        return {name: Hits.merge([hits[name] for hits in found], depth) for name in encoded}
+
+    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored features of any images, in this order."""
+        if not len(image_ids):
+            return self.partitions[0].features(channel, image_ids)
+        groups = self._by_partition(image_ids)
+        parts = [self.partitions[number].features(channel, image_ids[where]) for number, where in groups]
+        order = np.argsort(np.concatenate([where for _, where in groups]), kind="stable")
+        return FeatureBatch.concatenate(parts).take(order)
+
+    def _records(self, image_ids: Int64s) -> dict[int, Mapping[str, Any]]:
+        wanted = np.unique(image_ids[image_ids >= 0])
+        rows = [row for n, where in self._by_partition(wanted) for row in self.partitions[n].records(wanted[where])]
+        return {row["image_id"]: row for row in rows}
+
+    def _by_partition(self, image_ids: Int64s) -> list[tuple[int, Int64s]]:
+        owner = np.searchsorted(self._edges, image_ids, side="right") - 1
+        return [(int(number), np.flatnonzero(owner == number)) for number in np.unique(owner)]
+
+    def keys(self) -> dict[int, str]:
+        """The key of every indexed image by its id."""
+        return {image: key for partition in self.partitions for image, key in partition.keys().items()}
+
+    def picture(self, image: int) -> bytes:
+        """The file of an indexed image, read again from the collection."""
+        record = self._records(np.array([image], np.int64))[image]
+        return read_place(self.config.images[record["source"]], _place(record), self.config.input)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """The view of a searcher that a reranker gets."""
+
+    raw: Mapping[str, FeatureBatch]
+    searcher: Searcher
+
+    def query_features(self, channel: str) -> FeatureBatch:
+        return self.raw[channel]
+
+    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        return self.searcher.features(channel, image_ids)
+
+
+def _place(record: Mapping[str, Any]) -> Place:
+    return Place(record["kind"], record["object"], record["start"], record["num_bytes"])
+
+
+def _read_picture(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the query picture {path}: {error.strerror}") from None
+
+
+def open_version(uri: str, version: int | None = None, device: str = "cpu") -> Searcher:
+    """Open a published version of a store, the current one by default, for search in this process."""
+    store = open_store(uri)
+    return searcher_of(store, Versions(store).load(version), device)
+
+
+def searcher_of(store: Store, manifest: Manifest, device: str = "cpu") -> Searcher:
+    """A searcher with all partitions of this manifest in this process."""
+    config = parse_config(manifest.config, f"version {manifest.version} of {store.uri}")
+    layout, files = Layout.from_json(manifest.layout), LocalFiles(store, manifest)
+    partitions = [Partition(config, part, files) for part in layout.partitions]
+    return Searcher(manifest, config, QueryEncoder(config, layout, files, device), partitions)

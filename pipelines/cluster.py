@@ -1,0 +1,61 @@
+"""The only place where Ray is started and actors are made."""
+
+import os
+from typing import Any
+
+# Keeps a single-machine Ray on the loopback interface; read when Ray is imported.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray as _ray
+
+from cbir.config import Config, Pool
+from pipelines.work import Report, Task, Worker
+
+__all__ = ["new_worker", "ray", "start_ray"]
+
+ray: Any = _ray
+"""Ray without its types, which do not know actors."""
+
+
+def start_ray(config: Config) -> None:
+    """Join the cluster at `config.ray`, or start one on this machine with a processor per worker."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+    if config.ray is not None:
+        ray.init(address=config.ray, **options)
+        return
+    pools = (config.pools.extract, config.pools.build)
+    cpus = max(1, *(round((pool.workers or config.workers) * pool.cpus) for pool in pools))
+    gpus = max(round((pool.workers or config.workers) * pool.gpus) for pool in pools)
+    ray.init(
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        include_dashboard=False,
+        object_store_memory=128 << 20,
+        **options,
+    )
+
+
+class _WorkerActor:
+    """A worker in a process of its own."""
+
+    def __init__(self, store_uri: str, device: str) -> None:
+        self._worker = Worker(store_uri, device)
+
+    def do(self, task: Task) -> Report:
+        """Do one task."""
+        return self._worker.do(task)
+
+    def close(self) -> None:
+        """End the child processes and delete the temporary files."""
+        self._worker.close()
+
+
+def new_worker(store_uri: str, pool: Pool) -> Any:
+    """An actor of the pool's size; Ray restarts nothing by itself, the scheduler does."""
+    options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": 0}
+    if pool.memory_gb:
+        options["memory"] = int(pool.memory_gb * 1e9)
+    return ray.remote(_WorkerActor).options(**options).remote(store_uri, "cuda" if pool.gpus else "cpu")

@@ -1,0 +1,204 @@
+"""Who does the tasks: this process, or Ray actors under a small scheduler of ours.
+
+The unit of work, of retry and of resume is a task. A failing task stops the run with its own error; a task that kills
+its worker is tried again on a fresh one, and after a few deaths it is reported while the others go on to their end.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cbir.artifacts import find_done
+from cbir.config import Config, Pool
+from cbir.errors import CbirError, DataError
+from cbir.storage import Store
+from pipelines.work import Report, Task, Worker
+
+__all__ = ["Executor", "InlineExecutor", "OnReport", "RayExecutor", "executor_for"]
+
+OnReport = Callable[[Task, Report], None]
+"""Called for every finished task; `on_tick` is called about once a second while tasks run."""
+
+MAX_DEATHS = 3
+TICK_S = 1.0
+
+
+class Executor(Protocol):
+    """Runs the tasks of one stage to their end."""
+
+    num_workers: int
+
+    def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:
+        """Do all tasks on the workers of a pool; raises the first error of a task."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
+
+
+class InlineExecutor:
+    """Every task in this process, one after the other."""
+
+    num_workers = 1
+
+    def __init__(self, store_uri: str, device: str = "cpu") -> None:
+        self._worker = Worker(store_uri, device)
+
+    def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:  # noqa: ARG002
+        """Do all tasks in their order."""
+        for task in tasks:
+            on_report(task, self._worker.do(task))
+            on_tick()
+
+    def close(self) -> None:
+        """End the worker's child processes."""
+        self._worker.close()
+
+
+@dataclass
+class _Running:
+    """A task on its actor."""
+
+    task: Task
+    actor: Any
+    started: float
+
+
+@dataclass
+class _Stage:
+    """The state of one call of `RayExecutor.run`; deaths and lost tasks by fingerprint."""
+
+    waiting: deque[Task]
+    running: dict[Any, _Running] = field(default_factory=dict)
+    deaths: Counter[str] = field(default_factory=Counter)
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+class RayExecutor:
+    """Actors of one pool at a time; in-flight work is bounded to one task an actor, and every task has a deadline."""
+
+    def __init__(self, config: Config, deadline_s: float = 6 * 3600.0) -> None:
+        # Imported here, because a run with `workers: 0` needs no Ray.
+        from pipelines.cluster import ray, start_ray
+
+        start_ray(config)
+        self._ray = ray
+        self._config = config
+        self._deadline_s = deadline_s
+        self._idle: list[Any] = []
+        self._pool: Pool | None = None
+        self.num_workers = config.pools.extract.workers or config.workers
+
+    def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:
+        """Do all tasks, each on the next free actor."""
+        self._fill(pool, len(tasks))
+        stage = _Stage(deque(tasks))
+        while stage.waiting or stage.running:
+            while stage.waiting and self._idle:
+                self._start(stage)
+            ready, _ = self._ray.wait(list(stage.running), timeout=TICK_S)
+            for reference in ready:
+                self._finish(reference, stage, on_report)
+            self._kill_stuck(stage)
+            on_tick()
+        if stage.lost:
+            raise _lost_error(stage.lost)
+
+    def _fill(self, pool: Pool, num_tasks: int) -> None:
+        """Actors of this pool, as many as there is work for; those of another pool make room."""
+        if pool != self._pool:
+            self._release()
+            self._pool = pool
+        wanted = min(pool.workers or self._config.workers, num_tasks)
+        self._idle += [self._new_actor() for _ in range(wanted - len(self._idle))]
+
+    def _new_actor(self) -> Any:
+        from pipelines.cluster import new_worker
+
+        assert self._pool is not None
+        return new_worker(self._config.store, self._pool)
+
+    def _release(self) -> None:
+        for actor in self._idle:
+            self._ray.get(actor.close.remote())
+            self._ray.kill(actor)
+        self._idle.clear()
+
+    def _start(self, stage: _Stage) -> None:
+        task, actor = stage.waiting.popleft(), self._idle.pop()
+        stage.running[actor.do.remote(task)] = _Running(task, actor, time.monotonic())
+
+    def _finish(self, reference: Any, stage: _Stage, on_report: OnReport) -> None:
+        running = stage.running.pop(reference)
+        try:
+            report = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError as error:
+            self._bury(running.task, str(error), stage)
+            self._idle.append(self._new_actor())
+            return
+        except self._ray.exceptions.RayTaskError as error:
+            for other in stage.running.values():
+                self._ray.kill(other.actor)
+            raise _own_error(error, running.task) from None
+        self._idle.append(running.actor)
+        on_report(running.task, report)
+
+    def _bury(self, task: Task, reason: str, stage: _Stage) -> None:
+        stage.deaths[task.fingerprint] += 1
+        if stage.deaths[task.fingerprint] >= MAX_DEATHS:
+            stage.lost[f"{task.stage} {task.name}"] = reason
+        else:
+            stage.waiting.append(task)
+
+    def _kill_stuck(self, stage: _Stage) -> None:
+        for running in stage.running.values():
+            if time.monotonic() - running.started > self._deadline_s:
+                self._ray.kill(running.actor)
+
+    def close(self) -> None:
+        """End the actors, and the local cluster if this run started it."""
+        if self._config.ray is None:
+            self._ray.shutdown()
+        else:
+            for actor in self._idle:
+                self._ray.kill(actor)
+
+
+def _own_error(error: Any, task: Task) -> Exception:
+    """An expected error as the worker raised it, with the name of the task; any other with the worker's traceback."""
+    if isinstance(error.cause, CbirError):
+        return type(error.cause)(f"{task.stage} {task.name}: {error.cause}")
+    unexpected: Exception = error
+    return unexpected
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
+def _lost_error(lost: dict[str, str]) -> DataError:
+    lines = "\n".join(f"  {name}: {_last_line(reason)}" for name, reason in lost.items())
+    return DataError(
+        f"{len(lost)} task(s) killed their worker {MAX_DEATHS} times; all others are done and are not repeated:\n"
+        f"{lines}\nLook at these shards (memory? a hostile file?), remove or repair them, and run the command again."
+    )
+
+
+def executor_for(config: Config) -> Executor:
+    """This process for `workers: 0`, else Ray."""
+    return RayExecutor(config) if config.workers else InlineExecutor(config.store)
+
+
+def pending(store: Store, tasks: Sequence[Task], on_report: OnReport) -> Iterator[Task]:
+    """The tasks without a DONE record; the others are reported as they are."""
+    with ThreadPoolExecutor(16) as threads:
+        found = threads.map(lambda task: find_done(store, task.stage, task.fingerprint), tasks)
+        for task, done in zip(tasks, found, strict=True):
+            if done is None:
+                yield task
+            else:
+                on_report(task, Report(done, {}))

@@ -1,0 +1,159 @@
+"""Stage `extract`: one image shard and one channel -> features, and a quarantine row for every image without.
+
+Reading, decoding (in a child process) and the device overlap inside the worker; memory is bounded by a few batches.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from cbir.artifacts import Done
+from cbir.collection import ImageShard, InputSpec, RawImage, read_images
+from cbir.config import Config
+from cbir.images import BadImage, Decoded, Limits
+from cbir.spec import fingerprint
+from cbir.types import FeatureBatch, ImageBatch, image_id
+from pipelines.tables import QUARANTINE_SCHEMA, ShardWriter, sorted_table, write_parquet
+from pipelines.work import ChannelWork, Task, Worker
+
+__all__ = ["ExtractTask"]
+
+
+@dataclass(frozen=True)
+class ExtractTask(Task):
+    """Extract the features of one shard for one channel."""
+
+    stage: ClassVar[str] = "extract"
+    shard: ImageShard
+    work: ChannelWork
+    limits: Limits
+    input: InputSpec
+    source: int
+
+    @classmethod
+    def of(cls, shard: ImageShard, work: ChannelWork, config: Config) -> "ExtractTask":
+        """The task of this shard and channel; its fingerprint covers the pixels and everything done to them."""
+        source = config.images.index(shard.source)
+        view = work.channel.extractor.view
+        made_of = (work.extractor_identity(), view.model_dump(), config.limits.model_dump(), work.name)
+        identity = fingerprint("extract", *made_of, source, shard.name, shard.fingerprint)
+        return cls(f"{shard.name} [{work.name}]", identity, shard, work, config.limits, config.input, source)
+
+    def run(self, worker: Worker) -> Done:
+        """Read, decode, extract, write."""
+        spec = self.work.channel.extractor
+        extractor = worker.extractor(spec, self.work.assets)
+        writer = ShardWriter(worker.scratch("features.arrow"))
+        bad: list[dict[str, Any]] = []
+        num_bytes = num_features = 0
+        for images in _batches(self._decoded(worker, bad), spec.batch_size):
+            batch = ImageBatch(
+                np.array([image_id(raw.key) for raw, _, _ in images], np.int64),
+                [decoded.pixels for _, _, decoded in images],
+                np.array([decoded.size for _, _, decoded in images], np.int32),
+            )
+            with worker.timer.phase("device"):
+                features = extractor.extract(batch)
+            num_bytes += sum(raw.size for raw, _, _ in images)
+            num_features += len(features.descriptors)
+            with worker.timer.phase("write"):
+                writer.add(features, [self._row(raw, digest, decoded) for raw, digest, decoded in images])
+        return self._commit(worker, writer, extractor.extract(_NO_IMAGES), bad, num_bytes, num_features)
+
+    def _decoded(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[RawImage, bytes, Decoded]]:
+        decoder = worker.decoder(self.work.channel.extractor.view, self.limits)
+        decoded = decoder.map(self._raw(worker, bad))
+        while True:
+            with worker.timer.phase("decode"):
+                item = next(decoded, None)
+            if item is None:
+                return
+            (raw, digest), result = item
+            if isinstance(result, BadImage):
+                bad.append(self._quarantined(raw, result.reason, result.detail))
+            else:
+                yield raw, digest, result
+
+    def _raw(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[tuple[RawImage, bytes], bytes]]:
+        images = read_images(self.shard, self.input, int(self.limits.megabytes * 1e6))
+        while True:
+            with worker.timer.phase("read"):
+                raw = next(images, None)
+            if raw is None:
+                return
+            if raw.data is None:
+                bad.append(self._quarantined(raw, "too_many_bytes", f"over {self.limits.megabytes:g} MB"))
+            else:
+                yield (replace(raw, data=None), hashlib.sha256(raw.data).digest()), raw.data
+
+    def _quarantined(self, raw: RawImage, reason: str, detail: str) -> dict[str, Any]:
+        return {
+            "image_id": image_id(raw.key),
+            "key": raw.key,
+            "channel": self.work.name,
+            "shard": self.shard.name,
+            "source": self.source,
+            "kind": raw.at.kind,
+            "object": raw.at.object,
+            "start": raw.at.start,
+            "reason": reason,
+            "detail": detail,
+            "num_bytes": raw.size,
+        }
+
+    def _row(self, raw: RawImage, digest: bytes, decoded: Decoded) -> dict[str, Any]:
+        return {
+            "image_id": image_id(raw.key),
+            "key": raw.key,
+            "content_sha256": digest,
+            "source": self.source,
+            "kind": raw.at.kind,
+            "object": raw.at.object,
+            "start": raw.at.start,
+            "num_bytes": raw.size,
+            "height": decoded.size[0],
+            "width": decoded.size[1],
+        }
+
+    def _commit(
+        self,
+        worker: Worker,
+        writer: ShardWriter,
+        empty: FeatureBatch,
+        bad: list[dict[str, Any]],
+        num_bytes: int,
+        num_features: int,
+    ) -> Done:
+        features, quarantine = worker.scratch("features.parquet"), worker.scratch("quarantine.parquet")
+        with worker.timer.phase("write"):
+            ids = writer.finish(features, empty)
+            write_parquet(quarantine, sorted_table(pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)))
+        files = [
+            self.put(worker, "features", features, "parquet"),
+            self.put(worker, "quarantine", quarantine, "parquet"),
+        ]
+        counts = {
+            "images": ids.num_rows + len(bad),
+            "indexed": ids.num_rows,
+            "quarantined": len(bad),
+            "features": num_features,
+            "bytes": num_bytes + sum(row["num_bytes"] for row in bad),
+        }
+        row_bytes = empty.descriptors.shape[1] * empty.descriptors.itemsize + empty.geometry.shape[1] * 4
+        facts = {"channel": self.work.name, "feature_bytes": num_features * row_bytes}
+        return self.finish(worker, files, counts, facts)
+
+
+_NO_IMAGES = ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32))
+
+
+def _batches(
+    items: Iterator[tuple[RawImage, bytes, Decoded]], size: int
+) -> Iterator[list[tuple[RawImage, bytes, Decoded]]]:
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,0 +1,102 @@
+"""Stage `evaluate`: the gate that a candidate passes before it is published."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cbir.artifacts import Done, sha256_of
+from cbir.config import Config, parse_config
+from cbir.errors import ArtifactError, ConfigError
+from cbir.search import Searcher, searcher_of
+from cbir.spec import fingerprint
+from cbir.storage import Store
+from cbir.types import FeatureBatch
+from cbir.verification import check_counts, check_files
+from cbir.versions import Manifest
+from pipelines.quality import ann_recalls, judge
+from pipelines.stages import probe_hits
+from pipelines.tables import open_parquet
+from pipelines.work import Task, Worker
+
+__all__ = ["EvaluateTask"]
+
+
+@dataclass(frozen=True)
+class EvaluateTask(Task):
+    """Open a candidate from its manifest alone, check its files and counts, and measure it."""
+
+    stage: ClassVar[str] = "evaluate"
+    manifest: Manifest
+    builds: Mapping[str, Sequence[Done]]
+    trains: Mapping[str, Done]
+
+    @classmethod
+    def of(cls, manifest: Manifest, builds: Mapping[str, Sequence[Done]], trains: Mapping[str, Done]) -> "EvaluateTask":
+        """The task of a candidate; the content of the ground truth is part of its fingerprint."""
+        truth = manifest.config["evaluate"]["ground_truth"]
+        digest = _digest(truth) if truth else ""
+        return cls("candidate", fingerprint("evaluate", manifest.content, digest), manifest, builds, trains)
+
+    def run(self, worker: Worker) -> Done:
+        """Verify, search, judge; figures that depend on the machine are left to `cbir evaluate`."""
+        with worker.timer.phase("read"):
+            check_files(worker.store, self.manifest)
+        searcher = searcher_of(worker.store, self.manifest, worker.device)
+        check_counts(searcher, self.manifest)
+        with worker.timer.phase("device"):
+            quality = {"ann_recall": self._recalls(worker, searcher)} | self._truth(searcher)
+        text = json.dumps(quality, indent=1, sort_keys=True).encode()
+        return self.finish(worker, [self.put(worker, "quality", text, "json")], {}, quality)
+
+    def _recalls(self, worker: Worker, searcher: Searcher) -> dict[str, dict[str, float]]:
+        recalls = {}
+        for name, train in self.trains.items():
+            probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
+            exact = probe_hits(worker, self.builds[name], len(probes))
+            recalls[name] = {str(k): value for k, value in ann_recalls(searcher, name, probes, exact).items()}
+        return recalls
+
+    def _truth(self, searcher: Searcher) -> dict[str, Any]:
+        config = searcher.config.evaluate
+        if config.ground_truth is None:
+            return {}
+        return judge(searcher, config.ground_truth, config.protocol).quality.to_json()
+
+    def accepted(self, store: Store, done: Done) -> Manifest:
+        """The manifest with its quality; ArtifactError, and the candidate kept for inspection, if below the floor."""
+        quality = dict(done.facts)
+        manifest = replace(self.manifest, quality=quality)
+        below = _below_floor(parse_config(manifest.config, "the candidate"), quality)
+        if below:
+            key = f"candidates/{manifest.content}.json"
+            store.write(key, manifest.to_json())
+            raise ArtifactError(
+                f"the gate refuses this version: {'; '.join(below)}. Nothing was published; the candidate is kept at "
+                f"{store.uri}/{key}. Improve the index, or lower evaluate.floor"
+            )
+        return manifest
+
+
+def _digest(path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise ConfigError(f"evaluate.ground_truth: cannot read {path}: {error.strerror}") from None
+
+
+def _below_floor(config: Config, quality: Mapping[str, Any]) -> list[str]:
+    floor = config.evaluate.floor
+    measured: list[tuple[str, float | None, float | None]] = [
+        ("map", floor.map, quality.get("map")),
+        ("recall_at_1", floor.recall_at_1, quality.get("recall_at_1")),
+    ]
+    for channel, recalls in quality["ann_recall"].items():
+        deepest = recalls.get("10", next(iter(recalls.values()), None))
+        measured.append((f"ann_recall of {channel}", floor.ann_recall, deepest))
+    return [
+        f"{name} {'was not measured' if found is None else f'is {found:.4f}'}, the floor is {least:g}"
+        for name, least, found in measured
+        if least is not None and (found is None or found < least)
+    ]

@@ -1,0 +1,179 @@
+"""The pages that the command line writes: the report of an evaluation, and the page of one search."""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from cbir.errors import CbirError
+from cbir.evaluation.gallery import Gallery, choose_cases
+from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery
+from cbir.evaluation.report import Counts, QuarantineRow, Report, SearchFigures, StageRow, write_report
+from cbir.evaluation.search_page import Matches, SearchRow, write_search_page
+from cbir.images import BadImage, View, decode
+from cbir.layout import Layout
+from cbir.rerank.ransac import Ransac
+from cbir.search import Answer, Box, Searcher
+from cbir.storage import Store
+from cbir.types import image_id
+from cbir.versions import Manifest
+from pipelines.progress import StageFigures
+from pipelines.quality import Judged
+
+__all__ = ["ledger", "write_evaluation", "write_search"]
+
+THUMBNAIL_PX = 320
+EXAMPLES = 5
+
+
+def ledger(store: Store, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """The quarantine ledger of a version: its rows by reason."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for part in Layout.from_json(manifest.layout).partitions:
+        with store.open(part.quarantine) as file:
+            for row in pq.read_table(file).to_pylist():
+                rows[row["reason"]].append(row)
+    return dict(rows)
+
+
+def write_evaluation(
+    folder: Path, store: Store, searcher: Searcher, judged: Judged | None, stages: Sequence[StageFigures] = ()
+) -> Path:
+    """Write report.html and report.json of a version, and of its answers to a ground truth if there are any."""
+    manifest = searcher.manifest
+    report = Report(
+        title=f"Version {manifest.version} of {store.uri}",
+        version=manifest.version,
+        created=manifest.created,
+        configuration=yaml.safe_dump(dict(manifest.config), sort_keys=False),
+        counts=_counts(manifest),
+        stages=[_stage_row(stage) for stage in stages],
+        quarantine=[
+            QuarantineRow(reason, len({row["key"] for row in rows}), sorted({row["key"] for row in rows})[:EXAMPLES])
+            for reason, rows in sorted(ledger(store, manifest).items())
+        ],
+        quality=judged.quality if judged else None,
+        ann_recall=_ann_recall(manifest),
+        search=_search_figures(manifest, judged) if judged else None,
+        gallery=_gallery(searcher, judged) if judged else None,
+    )
+    return write_report(folder, report)
+
+
+def _counts(manifest: Manifest) -> Counts:
+    counts = manifest.counts
+    return Counts(
+        images=counts["images"],
+        indexed=counts["indexed"],
+        quarantined=counts["quarantined"],
+        features=counts["features"],
+        partitions=counts["partitions"],
+        bytes=sum(file.num_bytes for file in manifest.files),
+    )
+
+
+def _stage_row(stage: StageFigures) -> StageRow:
+    rate = stage.images_per_s if stage.images else None
+    return StageRow(stage.name, stage.done, stage.reused, stage.wall_s, rate, stage.shares)
+
+
+def _ann_recall(manifest: Manifest) -> dict[int, float]:
+    """Of the channel whose index finds least."""
+    tables = [recalls for recalls in manifest.quality.get("ann_recall", {}).values() if recalls]
+    worst: dict[str, float] = min(tables, key=lambda recalls: float(np.mean(list(recalls.values()))), default={})
+    return {int(depth): recall for depth, recall in worst.items()}
+
+
+def _search_figures(manifest: Manifest, judged: Judged) -> SearchFigures:
+    milliseconds = 1000 * np.array(judged.query_seconds)
+    median, p99 = np.percentile(milliseconds, [50, 99])
+    per_image = sum(file.num_bytes for file in manifest.files) / max(manifest.counts["indexed"], 1)
+    return SearchFigures(float(median), float(p99), per_image)
+
+
+def _gallery(searcher: Searcher, judged: Judged) -> Gallery:
+    worst, best = choose_cases(judged.quality, judged.rankings, judged.truth)
+    return Gallery(
+        worst,
+        best,
+        picture=lambda key: _indexed_thumbnail(searcher, image_id(key)),
+        query_picture=lambda query: _query_thumbnail(searcher, judged.truth, query),
+    )
+
+
+def _indexed_thumbnail(searcher: Searcher, image: int, box: Box | None = None) -> bytes | None:
+    """None where the collection cannot be read any more: a page without a picture is better than no page."""
+    try:
+        return thumbnail(searcher.picture(image), searcher, box)
+    except (CbirError, OSError):
+        return None
+
+
+def _query_thumbnail(searcher: Searcher, truth: GroundTruth, query: GroundTruthQuery) -> bytes | None:
+    try:
+        return thumbnail(truth.picture(query).read_bytes(), searcher, query.box)
+    except CbirError:
+        return _indexed_thumbnail(searcher, image_id(query.image), query.box)
+
+
+def thumbnail(picture: bytes, searcher: Searcher, box: Box | None = None, size: int = THUMBNAIL_PX) -> bytes | None:
+    """A small upright JPEG of a picture, or of a box in it; None if it cannot be decoded."""
+    decoded = decode(picture, View(size=size if box is None else 1 << 20), searcher.config.limits)
+    if isinstance(decoded, BadImage):
+        return None
+    image = Image.fromarray(decoded.pixels)
+    if box is not None:
+        x, y, width, height = box
+        image = image.crop((round(x), round(y), round(x + width), round(y + height)))
+        image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
+
+
+def write_search(path: Path, searcher: Searcher, picture: bytes, answer: Answer, box: Box | None, name: str) -> None:
+    """Write the page of the first query of an answer, with verified matches as lines where a reranker has them."""
+    decoded = decode(picture, View(size=1024), searcher.config.limits)
+    assert not isinstance(decoded, BadImage), "the query was searched, so it can be decoded"
+    height, width = decoded.size
+    rows = [
+        SearchRow(
+            result.key,
+            result.score,
+            _indexed_thumbnail(searcher, result.image_id),
+            result.channels,
+            _matches(searcher, answer, result.image_id, (height, width), (result.height, result.width), box),
+        )
+        for result in answer.results(0)
+    ]
+    jpeg = thumbnail(picture, searcher, size=640)
+    assert jpeg is not None
+    shares = (box[0] / width, box[1] / height, box[2] / width, box[3] / height) if box else None
+    manifest = searcher.manifest
+    details = {
+        "index": searcher.config.store,
+        "version": str(manifest.version),
+        "images": f"{manifest.counts['indexed']:,}",
+    }
+    write_search_page(path, jpeg, rows, title=f"Search for {name}", details=details, box=shares)
+
+
+def _matches(
+    searcher: Searcher, answer: Answer, image: int, query_size: tuple[int, int], size: tuple[int, int], box: Box | None
+) -> Matches | None:
+    spec = next((spec for spec in searcher.config.search.rerank if isinstance(spec, Ransac)), None)
+    if spec is None:
+        return None
+    stored = searcher.features(spec.channel, np.array([image], np.int64))
+    points = spec.build().matches(answer.query_features[spec.channel].take(np.zeros(1, np.int64)), stored)
+    if not len(points):
+        return None
+    if box is not None:
+        points = points + np.array([max(box[0], 0), max(box[1], 0), 0, 0], np.float32)
+    return Matches(points, query_size, size)

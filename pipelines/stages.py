@@ -1,0 +1,352 @@
+"""The stages after `extract`: sample, train, build, catalog and merge, each a task over plain files of the store."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from cbir.index.dense import exact_search
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from cbir.artifacts import Done, StoredFile
+from cbir.collection import Place
+from cbir.encoding.encoder import Encoder
+from cbir.errors import DataError
+from cbir.index.index import Index
+from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
+from cbir.search import encode_all
+from cbir.spec import fingerprint
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, Int64s
+from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet
+from pipelines.work import ChannelWork, Task, Worker
+
+__all__ = [
+    "BuildTask",
+    "CatalogTask",
+    "Extracted",
+    "MergeTask",
+    "SampleTask",
+    "TrainTask",
+    "probe_hits",
+    "seeded_uniform",
+]
+
+PROBE_DEPTH = 100
+
+
+def seeded_uniform(image_ids: Int64s, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A number in [0, 1) per image that depends on its id and the seed alone (SplitMix64, Steele et al. 2014)."""
+    x = image_ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) / 2.0**64
+
+
+@dataclass(frozen=True)
+class SampleTask(Task):
+    """The part of one shard that the codebook sample takes: whole images, chosen by a seeded hash of their ids."""
+
+    stage: ClassVar[str] = "sample"
+    features: Done
+    share: float
+    seed: int
+
+    @classmethod
+    def of(cls, features: Done, share: float, seed: int) -> "SampleTask":
+        """The task for the features of one shard."""
+        return cls("sample", fingerprint("sample", features.fingerprint, share, seed), features, share, seed)
+
+    def run(self, worker: Worker) -> Done:
+        """Read the ids, then only the row groups that hold a chosen image."""
+        with worker.timer.phase("read"):
+            parts = [batch for batch in self._chosen(worker) if len(batch)]
+        path = worker.scratch("sample.parquet")
+        sample = FeatureBatch.concatenate(parts) if parts else None
+        table = pa.Table.from_batches([sample.to_arrow()]) if sample else FEATURES_SCHEMA.empty_table()
+        write_parquet(path, table, row_bytes=max(table.nbytes // max(table.num_rows, 1), 1))
+        counts = {"images": len(sample) if sample else 0, "features": len(sample.descriptors) if sample else 0}
+        return self.finish(worker, [self.put(worker, "sample", path, "parquet")], counts)
+
+    def _chosen(self, worker: Worker) -> Iterator[FeatureBatch]:
+        parquet = open_parquet(worker.store, self.features.file("features"))
+        for group in range(parquet.num_row_groups):
+            ids = parquet.read_row_group(group, columns=["image_id"]).column("image_id").to_numpy()
+            chosen = np.flatnonzero(seeded_uniform(ids, self.seed) < self.share)
+            if len(chosen):
+                table = parquet.read_row_group(group, columns=FEATURES_SCHEMA.names)
+                yield FeatureBatch.from_arrow(table).take(chosen)
+
+
+@dataclass(frozen=True)
+class TrainTask(Task):
+    """Train the encoders and the index of one channel on the sample of all shards, sorted by image id."""
+
+    stage: ClassVar[str] = "train"
+    work: ChannelWork
+    samples: tuple[Done, ...]
+    seed: int
+    probes: int
+
+    @classmethod
+    def of(cls, work: ChannelWork, samples: Sequence[Done], seed: int, probes: int) -> "TrainTask":
+        """The task of one channel."""
+        made_of = sorted(done.fingerprint for done in samples)
+        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, made_of)
+        return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes)
+
+    def run(self, worker: Worker) -> Done:
+        """Fit each encoder on what the encoders before it make of the sample, then the index."""
+        with worker.timer.phase("read"):
+            sample = self._sample(worker)
+        counts = {"images": len(sample), "features": len(sample.descriptors)}
+        files = []
+        with worker.timer.phase("device"):
+            for position, spec in enumerate(self.work.channel.encoders):
+                encoder = spec.fit(sample, self.seed)
+                sample = encoder.encode(sample)
+                files.append(self._put_state(worker, f"encoder-{position}", encoder))
+            index = self.work.channel.index.train(sample, self.seed)
+        files.append(self._put_state(worker, "index", index))
+        chosen = np.sort(np.argsort(seeded_uniform(sample.image_ids, self.seed + 1), kind="stable")[: self.probes])
+        path = worker.scratch("probes.parquet")
+        write_parquet(path, pa.Table.from_batches([sample.take(chosen).to_arrow()]))
+        files.append(self.put(worker, "probes", path, "parquet"))
+        return self.finish(worker, files, counts, {"dim": int(sample.descriptors.shape[1])})
+
+    def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
+        arrays = {name: np.ascontiguousarray(array) for name, array in trained.state().items()}
+        return self.put(worker, role, save_safetensors(arrays), "safetensors")
+
+    def _sample(self, worker: Worker) -> FeatureBatch:
+        found = [done for done in self.samples if done.counts["images"]]
+        if not found:
+            raise DataError(
+                f"channel {self.work.name!r} has no image to train on: every image was quarantined "
+                "(see quarantine.parquet) or the sample is too small (sample.images)"
+            )
+        tables = [open_parquet(worker.store, done.file("sample")).read() for done in found]
+        sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
+        return sample.take(np.argsort(sample.image_ids, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained state of a channel in a worker."""
+
+    encoders: list[Encoder]
+    index: Index
+    probes: FeatureBatch
+
+    @classmethod
+    def restore(cls, worker: Worker, work: ChannelWork, train: Done) -> "Trained":
+        """From the files of a finished `train`."""
+
+        def state(role: str) -> dict[str, Any]:
+            file = train.file(role)
+            return load_safetensors(worker.store.read(file.key, sha256=file.sha256))
+
+        channel = work.channel
+        encoders = [spec.restore(state(f"encoder-{number}")) for number, spec in enumerate(channel.encoders)]
+        probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
+        return cls(encoders, channel.index.restore(state("index")), probes)
+
+
+@dataclass(frozen=True)
+class BuildTask(Task):
+    """Encode the features of one shard into index entries; on the way, compare them with the probes exactly."""
+
+    stage: ClassVar[str] = "build"
+    work: ChannelWork
+    features: Done
+    train: Done
+
+    @classmethod
+    def of(cls, work: ChannelWork, features: Done, train: Done) -> "BuildTask":
+        """The task of one shard."""
+        identity = fingerprint("build", features.fingerprint, train.fingerprint)
+        return cls(f"entries [{work.name}]", identity, work, features, train)
+
+    def run(self, worker: Worker) -> Done:
+        """Stream the features through the encoders."""
+        trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
+        entries: list[pa.Table] = []
+        exact: list[Hits] = []
+        vectors = 0
+        for features in self._features(worker):
+            with worker.timer.phase("device"):
+                encoded = encode_all(trained.encoders, features)
+                entries.append(trained.index.entries(encoded))
+                if len(trained.probes):
+                    exact.append(exact_search(trained.probes, encoded, self.work.channel.index.metric, PROBE_DEPTH))
+            vectors += len(encoded.descriptors)
+        table = sorted_table(pa.concat_tables(entries))
+        path, probes = worker.scratch("entries.parquet"), worker.scratch("probes.parquet")
+        with worker.timer.phase("write"):
+            write_parquet(path, table, row_bytes=table.nbytes // max(table.num_rows, 1))
+            write_parquet(probes, _hits_table(Hits.merge(exact, PROBE_DEPTH) if exact else _NO_HITS))
+        facts = {"entry_bytes": vectors * self.work.channel.index.entry_bytes(self.train.facts["dim"])}
+        files = [self.put(worker, "entries", path, "parquet"), self.put(worker, "probe_hits", probes, "parquet")]
+        return self.finish(worker, files, {"images": self.features.counts["indexed"], "vectors": vectors}, facts)
+
+    def _features(self, worker: Worker) -> Iterator[FeatureBatch]:
+        batches = read_features(worker.store, self.features)
+        while True:
+            with worker.timer.phase("read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+_NO_HITS = Hits(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
+
+
+def _hits_table(hits: Hits) -> pa.Table:
+    query = np.repeat(np.arange(len(hits)), hits.image_ids.shape[1])
+    return pa.table({"query": query, "image_id": hits.image_ids.ravel(), "score": hits.scores.ravel()})
+
+
+def probe_hits(worker: Worker, builds: Sequence[Done], num_probes: int) -> Hits:
+    """The exact neighbours of the probes over all shards, from what every `build` found in its own."""
+    parts = []
+    for build in builds:
+        table = open_parquet(worker.store, build.file("probe_hits")).read()
+        ids, scores = table.column("image_id").to_numpy(), table.column("score").to_numpy()
+        parts.append(Hits(ids.reshape(num_probes, -1), scores.reshape(num_probes, -1)))
+    return Hits.merge(parts, PROBE_DEPTH)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The finished `extract` of one shard and channel."""
+
+    shard: str
+    channel: str
+    done: Done
+
+
+@dataclass(frozen=True)
+class CatalogTask(Task):
+    """The id map and the quarantine ledger of one partition; finds keys that stand twice."""
+
+    stage: ClassVar[str] = "catalog"
+    low: int
+    high: int
+    extracted: tuple[Extracted, ...]
+    sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, bounds: tuple[int, int], extracted: Sequence[Extracted], sources: tuple[str, ...]) -> "CatalogTask":
+        """The task of one range of ids over all shards and channels."""
+        ordered = tuple(sorted(extracted, key=lambda part: part.done.fingerprint))
+        identity = fingerprint("catalog", bounds, [part.done.fingerprint for part in ordered])
+        return cls(f"ids from {bounds[0]:016x}", identity, *bounds, ordered, sources)
+
+    def run(self, worker: Worker) -> Done:
+        """Read the id columns of every shard in this range."""
+        with worker.timer.phase("read"):
+            rows = [self._read(worker, part.done.file("features"), IDS_SCHEMA.names) for part in self.extracted]
+            ledgers = [self._read(worker, part.done.file("quarantine")) for part in self.extracted]
+        for channel in {part.channel for part in self.extracted}:
+            mine = [n for n, part in enumerate(self.extracted) if part.channel == channel]
+            _refuse_duplicates([rows[n] for n in mine], [ledgers[n] for n in mine], self.sources)
+        ids = _distinct(sorted_table(pa.concat_tables(rows)))
+        quarantine = sorted_table(pa.concat_tables(ledgers))
+        lost = np.setdiff1d(quarantine.column("image_id").to_numpy(), ids.column("image_id").to_numpy())
+        ids_path, quarantine_path = worker.scratch("ids.arrow"), worker.scratch("quarantine.parquet")
+        IdMap.write(ids_path, ids)
+        write_parquet(quarantine_path, quarantine)
+        files = [
+            self.put(worker, "ids", ids_path, "arrow"),
+            self.put(worker, "quarantine", quarantine_path, "parquet"),
+        ]
+        return self.finish(worker, files, {"indexed": ids.num_rows, "quarantined": len(lost)})
+
+    def _read(self, worker: Worker, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
+        return read_range(worker.store, file, self.low, self.high, columns)
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    """The first of the rows with the same id, which is the same image seen by several channels."""
+    ids = table.column("image_id").to_numpy()
+    return table.filter(pa.array(np.diff(ids, prepend=-1) != 0))
+
+
+def _refuse_duplicates(rows: Sequence[pa.Table], ledgers: Sequence[pa.Table], sources: Sequence[str]) -> None:
+    """DataError if two images of one channel have the same id; names both places."""
+    indexed = pa.concat_tables(rows)
+    ids = np.concatenate([indexed.column("image_id").to_numpy(), *(t.column("image_id").to_numpy() for t in ledgers)])
+    order = np.argsort(ids, kind="stable")
+    twice = np.flatnonzero(np.diff(ids[order]) == 0)
+    if not len(twice):
+        return
+    (key, place), (other_key, other_place) = (
+        _describe(indexed, ledgers, sources, int(order[number])) for number in (twice[0], twice[0] + 1)
+    )
+    if key != other_key:
+        raise DataError(f"keys {key!r} and {other_key!r} have the same 63-bit id; rename one of these images")
+    raise DataError(f"key {key!r} stands twice: in {place} and in {other_place}; keys must be unique over all images")
+
+
+def _describe(indexed: pa.Table, ledgers: Sequence[pa.Table], sources: Sequence[str], number: int) -> tuple[str, str]:
+    """Key and place of a row of the indexed images, or of the quarantined ones after them."""
+    ledger = pa.concat_tables(ledgers)
+    table, number = (indexed, number) if number < indexed.num_rows else (ledger, number - indexed.num_rows)
+    row = table.slice(number, 1).to_pylist()[0]
+    place = Place(row["kind"], row["object"], row["start"], row["num_bytes"])
+    return row["key"], place.describe(sources[row["source"]], row["key"])
+
+
+@dataclass(frozen=True)
+class MergeTask(Task):
+    """One partition of one channel from the entries of every shard, and its stored features if they are published."""
+
+    stage: ClassVar[str] = "merge"
+    low: int
+    high: int
+    work: ChannelWork
+    train: Done
+    builds: tuple[Done, ...]
+    features: tuple[Done, ...]
+
+    @classmethod
+    def of(
+        cls, bounds: tuple[int, int], work: ChannelWork, train: Done, builds: Sequence[Done], features: Sequence[Done]
+    ) -> "MergeTask":
+        """The task of one range of ids; `features` is empty unless the channel publishes them."""
+        parts = [sorted(done.fingerprint for done in dones) for dones in (builds, features)]
+        identity = fingerprint("merge", bounds, train.fingerprint, *parts)
+        return cls(
+            f"partition {bounds[0]:016x} [{work.name}]", identity, *bounds, work, train, tuple(builds), tuple(features)
+        )
+
+    def run(self, worker: Worker) -> Done:
+        """Concatenate the entries, build, save."""
+        trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
+        with worker.timer.phase("read"):
+            tables = [read_range(worker.store, done.file("entries"), self.low, self.high) for done in self.builds]
+        entries = pa.concat_tables(tables)
+        path = worker.scratch(f"index.{self.work.channel.index.suffix}")
+        with worker.timer.phase("device"):
+            trained.index.build(entries).save(path)
+        files = [self.put(worker, "index", path, self.work.channel.index.suffix)]
+        counts = {"vectors": entries.num_rows}
+        if self.features:
+            counts["images_with_features"] = self._put_features(worker, files)
+        return self.finish(worker, files, counts)
+
+    def _put_features(self, worker: Worker, files: list[StoredFile]) -> int:
+        columns = FEATURES_SCHEMA.names
+        tables = [
+            read_range(worker.store, done.file("features"), self.low, self.high, columns) for done in self.features
+        ]
+        merged = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
+        order = np.argsort(merged.image_ids, kind="stable")
+        step = 256
+        batches = (merged.take(order[start : start + step]) for start in range(0, len(order), step))
+        path = worker.scratch("features.arrow")
+        images = FeatureFile.write(path, batches, merged.take(order[:0]))
+        files.append(self.put(worker, "features", path, "arrow"))
+        return images

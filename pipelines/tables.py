@@ -1,0 +1,142 @@
+"""The Parquet files between stages: features, quarantine, entries and samples, every one sorted by image id.
+
+Sorted files let a reader of an id range (a partition) skip the row groups of the others, so that a merge over
+partitions reads every byte about once however many partitions there are.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cbir.artifacts import Done, StoredFile
+from cbir.layout import IDS_SCHEMA
+from cbir.storage import Store
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s
+
+__all__ = [
+    "QUARANTINE_SCHEMA",
+    "ShardWriter",
+    "open_parquet",
+    "parquet_writer",
+    "read_features",
+    "read_range",
+    "sorted_table",
+    "write_parquet",
+]
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("channel", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("source", pa.int16(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("object", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+    ]
+)
+"""One row per image that could not be used: where it lies, why, and how large it is."""
+
+_ROW_GROUP_BYTES = 4 << 20
+_WHOLE_FILE_BYTES = 64 << 20
+
+
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of compressed pages with checksums."""
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def write_parquet(path: Path, table: pa.Table, row_bytes: int = 64) -> None:
+    """Write a table with row groups of about 4 MiB; equal tables give equal bytes."""
+    with parquet_writer(path, table.schema) as writer:
+        writer.write_table(table, row_group_size=max(1, min(_ROW_GROUP_BYTES // max(row_bytes, 1), 1 << 20)))
+
+
+def sorted_table(table: pa.Table) -> pa.Table:
+    """The rows by rising image id."""
+    return table.take(pc.sort_indices(table, [("image_id", "ascending")])).combine_chunks()
+
+
+class ShardWriter:
+    """Collects the features of one shard in a scratch file and writes them sorted by id, in bounded memory."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._sink = pa.OSFile(str(scratch), "wb")
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._empty: FeatureBatch | None = None
+
+    def add(self, batch: FeatureBatch, rows: list[dict[str, Any]]) -> None:
+        """Append a batch and its rows of the id map."""
+        record = batch.to_arrow()
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(self._sink, record.schema)
+        self._writer.write_batch(record)
+        self._rows += rows
+
+    def finish(self, target: Path, empty: FeatureBatch) -> pa.Table:
+        """Write the sorted Parquet file; `empty` gives dtype and widths if nothing was added. Returns the id rows."""
+        if self._writer is None:
+            self.add(empty, [])
+        assert self._writer is not None
+        self._writer.close()
+        self._sink.close()
+        ids = pa.Table.from_pylist(self._rows, schema=IDS_SCHEMA)
+        order = pc.sort_indices(ids, [("image_id", "ascending")])
+        features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
+        schema = pa.schema([*IDS_SCHEMA, *list(FEATURES_SCHEMA)[1:]], metadata=features.schema.metadata)
+        images = max(1, ids.num_rows)
+        step = max(1, min(_ROW_GROUP_BYTES // max(features.nbytes // images, 1), images))
+        with parquet_writer(target, schema) as writer:
+            for start in range(0, images, step):
+                some = order.slice(start, step)
+                columns = [*ids.take(some).columns, *features.take(some).columns[1:]]
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=step)
+        self._scratch.unlink()
+        return ids.take(order)
+
+
+def open_parquet(store: Store, file: StoredFile) -> pq.ParquetFile:
+    """Open a Parquet file of the store for reading by parts.
+
+    A small file is read whole and checked against its sha256; of a large one only the wanted pages are read, and each
+    is checked against the checksum in its header.
+    """
+    local = store.local_path(file.key)
+    if local is not None:
+        return pq.ParquetFile(local, page_checksum_verification=True)
+    if file.num_bytes <= _WHOLE_FILE_BYTES:
+        return pq.ParquetFile(pa.BufferReader(store.read(file.key, sha256=file.sha256)))
+    return pq.ParquetFile(store.open(file.key), page_checksum_verification=True)
+
+
+def read_features(store: Store, done: Done) -> Iterator[FeatureBatch]:
+    """The features of one shard, one row group at a time."""
+    parquet = open_parquet(store, done.file("features"))
+    for group in range(parquet.num_row_groups):
+        yield FeatureBatch.from_arrow(parquet.read_row_group(group, columns=FEATURES_SCHEMA.names))
+
+
+def read_range(store: Store, file: StoredFile, low: int, high: int, columns: list[str] | None = None) -> pa.Table:
+    """The rows with low <= image_id < high of a sorted file; row groups outside the range are not read."""
+    parquet = open_parquet(store, file)
+    position = parquet.schema_arrow.get_field_index("image_id")
+    groups = []
+    for group in range(parquet.num_row_groups):
+        found = parquet.metadata.row_group(group).column(position).statistics
+        if found is None or not found.has_min_max or (found.min < high and found.max >= low):
+            groups.append(group)
+    table = parquet.read_row_groups(groups, columns=columns)
+    ids: Int64s = table.column("image_id").to_numpy()
+    first, last = np.searchsorted(ids, [low, min(high, (1 << 63) - 1)])
+    return table.slice(first, (len(ids) if high > (1 << 63) - 1 else last) - first)

@@ -1,0 +1,194 @@
+"""A unit of work, and the worker that does it.
+
+A task is plain data: it travels to a worker process (or stays in this one), does one piece of one stage and leaves its
+outputs and a DONE record in the store. Pixels and descriptors never travel between processes, only tasks and reports.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+from cbir.artifacts import Done, StoredFile, create_done, find_done, put_part, stage_prefix
+from cbir.config import Channel
+from cbir.features.extractor import Extractor, ExtractorSpec
+from cbir.images import Decoder, Limits, View
+from cbir.storage import Store, open_store
+
+__all__ = ["Asset", "Report", "Task", "Timer", "Worker", "limit_threads"]
+
+PHASES = ("read", "decode", "device", "write")
+
+T = TypeVar("T")
+
+_CACHED = 8
+
+
+class Timer:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block for a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker tells the driver about a finished task."""
+
+    done: Done
+    seconds: Mapping[str, float]
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file that an extractor needs, kept in the store by its content, so that a version is self-contained."""
+
+    key: str
+    sha256: str
+
+
+class Worker:
+    """One process that does tasks: its store, its device, and what is worth keeping between tasks."""
+
+    def __init__(self, store_uri: str, device: str = "cpu") -> None:
+        limit_threads()
+        self.store: Store = open_store(store_uri)
+        self.device = device
+        self.timer = Timer()
+        self._scratch = tempfile.TemporaryDirectory(prefix="cbir-")
+        self._cache: dict[Hashable, object] = {}
+        self._decoders: dict[tuple[View, Limits], Decoder] = {}
+
+    def do(self, task: "Task") -> Report:
+        """Do a task, unless its record says that it is done."""
+        self.timer, start = Timer(), time.perf_counter()
+        done = find_done(self.store, task.stage, task.fingerprint) or task.run(self)
+        return Report(done, self.timer.seconds, time.perf_counter() - start)
+
+    def extractor(self, spec: ExtractorSpec, assets: Mapping[str, Asset]) -> Extractor:
+        """The working extractor, built at its first use in this process."""
+
+        def build() -> Extractor:
+            paths = {name: self.fetch(asset.key, asset.sha256) for name, asset in assets.items()}
+            return spec.build(self.device, paths)
+
+        return self.cached(("extractor", spec.model_dump_json(), *(asset.sha256 for asset in assets.values())), build)
+
+    def decoder(self, view: View, limits: Limits) -> Decoder:
+        """The decoder for this view, with its child process, kept between tasks."""
+        if (view, limits) not in self._decoders:
+            self._decoders[view, limits] = Decoder(view, limits)
+        return self._decoders[view, limits]
+
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned for this key in this process; made again if it was long unused."""
+        if key not in self._cache:
+            while len(self._cache) >= _CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = make()
+        else:
+            self._cache[key] = self._cache.pop(key)
+        return cast(T, self._cache[key])
+
+    def fetch(self, key: str, sha256: str) -> Path:
+        """A file of the store as a local file."""
+        local = self.store.local_path(key)
+        if local is not None:
+            return local
+        target = self.scratch(f"{sha256}.{key.rsplit('.', 1)[-1]}")
+        return target if target.exists() else self.store.fetch(key, target, sha256)
+
+    def scratch(self, name: str) -> Path:
+        """A place for a temporary file of this worker."""
+        return Path(self._scratch.name) / name
+
+    def close(self) -> None:
+        """End the child processes and delete the temporary files."""
+        for decoder in self._decoders.values():
+            decoder.close()
+        self._scratch.cleanup()
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One piece of one stage; `fingerprint` covers everything that its outputs depend on."""
+
+    stage: ClassVar[str]
+    name: str
+    """What to call it in progress and errors."""
+    fingerprint: str
+
+    @abstractmethod
+    def run(self, worker: Worker) -> Done:
+        """Do it and commit its record."""
+
+    @property
+    def prefix(self) -> str:
+        """Where its outputs lie."""
+        return stage_prefix(self.stage, self.fingerprint)
+
+    def put(self, worker: Worker, role: str, data: bytes | Path, suffix: str) -> StoredFile:
+        """Write one output."""
+        with worker.timer.phase("write"):
+            return put_part(worker.store, self.stage, self.fingerprint, role, data, suffix)
+
+    def finish(
+        self, worker: Worker, files: list[StoredFile], counts: Mapping[str, int], facts: Mapping[str, Any] | None = None
+    ) -> Done:
+        """Commit the record of this task."""
+        with worker.timer.phase("write"):
+            done = Done(self.stage, self.fingerprint, tuple(files), dict(counts), dict(facts or {}))
+            return create_done(worker.store, done)
+
+
+@dataclass(frozen=True)
+class ChannelWork:
+    """A channel as tasks carry it: its name, its settings and the files of its extractor."""
+
+    name: str
+    channel: Channel
+    assets: Mapping[str, Asset] = field(default_factory=dict)
+
+    def extractor_identity(self) -> dict[str, Any]:
+        """What identifies the extractor: its settings, with the content of its files instead of their paths."""
+        identity = self.channel.extractor.identity()
+        return {**identity, **{name: asset.sha256 for name, asset in self.assets.items()}}
+
+    def training_identity(self) -> dict[str, Any]:
+        """What identifies the encoders and the index."""
+        return {
+            "encoders": [encoder.identity() for encoder in self.channel.encoders],
+            "index": self.channel.index.identity(),
+        }
+
+
+def limit_threads() -> None:
+    """One thread for every library that would take more: parallelism is over processes.
+
+    Two OpenMP threads of faiss on a loaded machine cost up to 30 times the processor time of one.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        os.environ[name] = "1"
+    import cv2
+    import faiss
+
+    cv2.setNumThreads(1)
+    faiss.omp_set_num_threads(1)
+    import torch
+
+    torch.set_num_threads(1)
