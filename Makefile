@@ -1,0 +1,59 @@
+# Everything a fresh clone needs: `make demo` and `make test` install what they need by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format bench clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv with the pinned dependencies (again when these change)
+
+# The stamp comes last, so that an interrupted installation is made again. Running pip over an existing environment
+# leaves what already fits; packages that are no longer pinned do no harm.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 7 GB, a few minutes the first time ..."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: demo/ground_truth.csv ## index, search and measure a small collection of real photographs, in a minute or two
+	$(BIN)/cbir index configs/quickstart.yaml
+	$(BIN)/cbir search configs/quickstart.yaml "$$(ls demo/queries/*.jpg | head -n 1)" --html demo/search.html
+	$(BIN)/cbir evaluate configs/quickstart.yaml --report demo
+	@echo
+	@echo "One search:    $(CURDIR)/demo/search.html"
+	@echo "The report:    $(CURDIR)/demo/report.html"
+
+demo/ground_truth.csv: $(INSTALLED) pipelines/demo.py
+	@rm -rf demo/images demo/queries $@
+	$(BIN)/python -m pipelines.demo demo
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## check style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## let ruff format and repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## run the benchmarks one by one and print their tables
+	@set -e; for script in $(BENCHMARKS); do echo; echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove the demo, caches and built files, but not .venv
+	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find cbir pipelines tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
