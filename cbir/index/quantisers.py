@@ -54,11 +54,12 @@ class Quantisers:
         lists = nearest_centroid(rows, self.centroids, self.metric)
         residuals = rows - self.centroids[lists]
         num_parts, num_words, width = self.codebooks.shape
+        num_bits = num_words.bit_length() - 1
         words = np.empty((len(rows), num_parts), np.uint8)
         for part, book in enumerate(self.codebooks):
             words[:, part] = nearest_centroid(residuals[:, part * width : (part + 1) * width], book, "l2")
-        bits = np.unpackbits(words[:, :, None], axis=2, count=num_words.bit_length() - 1, bitorder="little")
-        return lists, np.packbits(bits.reshape(len(rows), -1), axis=1, bitorder="little")
+        bits = np.unpackbits(words[:, :, None], axis=2, count=num_bits, bitorder="little")
+        return lists, np.packbits(bits.reshape(len(rows), num_parts * num_bits), axis=1, bitorder="little")
 
     def nearest_lists(self, rows: Floats, num: int) -> tuple[Int64s, Floats]:
         """The best `num` lists (K, num) of rotated rows and faiss's distances to their centroids."""

@@ -15,15 +15,21 @@ __all__ = ["Ransac", "RansacReranker", "tentative_matches"]
 
 _CHUNK_IMAGES = 32
 
+_MAX_ZOOM = 10.0
+_MAX_SLANT = 4.0
+"""Limits on the local scale of a transform and on the ratio of its two scales (a slant of about 75 degrees). SIFT
+matches survive neither a tenfold zoom nor such a slant, so that nothing true is lost."""
+
 
 class Ransac(RerankerSpec):
     """Spatial verification (Philbin et al. 2007): tentative matches by Lowe's ratio test, at most one per feature, then
     a transform from query to database image by robust estimation (USAC, Raguram et al. 2013; MAGSAC++, Barath et al.
     2020).
 
-    An image with at least `min_inliers` matches that follow the transform within `threshold_px` is verified. Verified
-    images come first, by inliers, then by their rank before; the others keep their order. The integer part of a score
-    is the number of inliers, 0 for an image that is not verified, the rest falls with the rank before.
+    An image is verified if at least `min_inliers` matches follow one transform within `threshold_px`, and a camera can
+    cause that transform: no mirror, no extreme zoom or slant. Verified images come first, by inliers, then by their
+    rank before; the others keep their order. The integer part of a score is the number of inliers, 0 for an image that
+    is not verified; its fraction falls with the rank before.
     """
 
     name: Literal["ransac"] = "ransac"
@@ -39,7 +45,7 @@ class Ransac(RerankerSpec):
     )
     one_to_one: bool = Field(default=True, description="a database feature keeps only its nearest query feature")
     model: Literal["affine", "homography"] = Field(default="affine", description="the transform")
-    method: Literal["usac_fast", "magsac"] = Field(default="usac_fast", description="the robust estimator")
+    method: Literal["usac_fast", "magsac"] = Field(default="magsac", description="the robust estimator")
     threshold_px: PositiveFloat = Field(
         default=8.0, description="inliers are at most so far off, in the database image"
     )
@@ -58,7 +64,7 @@ class RansacReranker:
 
     def __init__(self, spec: Ransac) -> None:
         self._spec = spec
-        self._estimate: Callable[..., Any] = cv2.estimateAffine2D if spec.model == "affine" else cv2.findHomography
+        self._estimator: Callable[..., Any] = cv2.estimateAffine2D if spec.model == "affine" else cv2.findHomography
         self._sample_size = 3 if spec.model == "affine" else 4
         self._usac = _usac_params(spec)
 
@@ -103,12 +109,20 @@ class RansacReranker:
         """Matches (M, 4) that follow the best transform."""
         from_, to = tentative_matches(left, right, self._spec.ratio, self._spec.one_to_one)
         points = np.hstack([left_geometry[from_, :2], right_geometry[to, :2]])
-        if len(points) < max(self._sample_size, self._spec.min_inliers):
+        transform = self.estimate(points) if len(points) >= self._spec.min_inliers else None
+        if transform is None:
             return points[:0]
-        transform, _ = self._estimate(points[:, :2], points[:, 2:], params=self._usac)
-        if transform is None or not _keeps_orientation(transform):
-            return points[:0]
-        return points[_distances(transform, points) <= self._spec.threshold_px]
+        inliers = points[_distances(transform, points) <= self._spec.threshold_px]
+        return inliers if len(inliers) and _plausible(transform, inliers[:, :2].mean(0)) else points[:0]
+
+    def estimate(self, points: Floats) -> npt.NDArray[np.float64] | None:
+        """The transform (2, 3) or (3, 3) that most matches x, y -> x, y (M, 4) follow, None if there is none."""
+        if len(points) < self._sample_size:
+            return None
+        transform: npt.NDArray[np.float64] | None
+        left, right = (np.ascontiguousarray(side) for side in (points[:, :2], points[:, 2:]))
+        transform, _ = self._estimator(left, right, params=self._usac)
+        return transform
 
 
 def tentative_matches(left: Floats, right: Floats, ratio: float, one_to_one: bool) -> tuple[Int64s, Int64s]:
@@ -151,8 +165,19 @@ def _usac_params(spec: Ransac) -> Any:
     return params
 
 
-def _keeps_orientation(transform: npt.NDArray[np.float64]) -> bool:
-    return True
+def _plausible(transform: npt.NDArray[np.float64], centre: Floats) -> bool:
+    """Whether a camera can see a surface so: no mirror, no collapse, no extreme zoom or slant at the centre (2,).
+
+    Without it, chance matches around one spot are "verified" by a transform that shrinks the query to that spot.
+    """
+    linear = transform[:2, :2]
+    if len(transform) == 3:
+        x, y, w = transform @ np.append(centre, 1.0)
+        linear = (linear - np.outer([x / w, y / w], transform[2, :2])) / w
+    largest, smallest = np.linalg.svd(linear, compute_uv=False)
+    if np.linalg.det(linear) <= 0 or largest > _MAX_ZOOM or smallest < 1 / _MAX_ZOOM:
+        return False
+    return bool(largest <= _MAX_SLANT * smallest)
 
 
 def _distances(transform: npt.NDArray[np.float64], points: Floats) -> npt.NDArray[np.float64]:
