@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,13 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbir.errors import ArtifactError, ObjectMissing
+from cbir.errors import ArtifactError, ObjectMissing, StorageError
 from cbir.storage import Store
 
 __all__ = [
     "LEASE_SECONDS",
     "Done",
-    "Lease",
     "StoredFile",
     "create_done",
     "dump_json",
@@ -37,7 +37,9 @@ __all__ = [
     "find_done",
     "lease",
     "live_leases",
+    "load_json",
     "put_part",
+    "read_part",
     "sha256_of",
     "stage_prefix",
 ]
@@ -77,6 +79,17 @@ def dump_json(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, indent=1, sort_keys=True).encode() + b"\n"
 
 
+def load_json(data: bytes, place: str) -> dict[str, Any]:
+    """A record back from its bytes; ArtifactError if they are not the JSON of one."""
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise ArtifactError(f"{place} is damaged ({error}); delete it and run `cbir index` again") from None
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{place} is damaged (no JSON object); delete it and run `cbir index` again")
+    return record
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """One immutable file of the store."""
@@ -105,9 +118,9 @@ class Done:
         raise ArtifactError(f"{stage_prefix(self.stage, self.fingerprint)}DONE.json names no file of role {role!r}")
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Done":
-        """Back from the bytes of a DONE.json."""
-        record = json.loads(data)
+    def from_json(cls, data: bytes, place: str) -> "Done":
+        """Back from the bytes of a DONE.json; ArtifactError if it is damaged."""
+        record = load_json(data, place)
         record["files"] = tuple(StoredFile(**file) for file in record["files"])
         return cls(**record)
 
@@ -143,35 +156,45 @@ def create_done(store: Store, done: Done) -> Done:
 def find_done(store: Store, stage: str, fingerprint: str) -> Done | None:
     """The record of this piece of work, or None if it is still to be done."""
     try:
-        return Done.from_json(store.read(f"{stage_prefix(stage, fingerprint)}DONE.json"))
+        key = f"{stage_prefix(stage, fingerprint)}DONE.json"
+        return Done.from_json(store.read(key), store.place(key))
     except ObjectMissing:
         return None
 
 
-@contextlib.contextmanager
-def lease(store: Store, owner: str) -> Iterator["Lease"]:
-    """Hold a lease while a run is alive; `Lease.renew` is to be called more often than every LEASE_SECONDS."""
-    held = Lease(store, owner)
-    held.renew()
+def read_part(store: Store, file: StoredFile) -> bytes:
+    """An output whole and as its record says; ArtifactError if it is missing, StorageError if it is damaged."""
     try:
-        yield held
+        return store.read(file.key, sha256=file.sha256)
+    except ObjectMissing:
+        raise ArtifactError(
+            f"{store.place(file.key)} is missing, but the record DONE.json beside it says that it was made; "
+            "delete that record and run again, so that it is made anew"
+        ) from None
+
+
+@contextlib.contextmanager
+def lease(store: Store, owner: str) -> Iterator[None]:
+    """Show that a run is alive until the block ends; a thread renews the sign, however long a piece of work takes."""
+    key, ended = f"leases/{uuid.uuid4().hex}.json", threading.Event()
+
+    def renew() -> None:
+        store.write(key, dump_json({"owner": owner, "expires": time.time() + LEASE_SECONDS}))
+
+    def keep_renewing() -> None:
+        while not ended.wait(LEASE_SECONDS / 3):
+            with contextlib.suppress(StorageError):  # the lease outlives two more attempts
+                renew()
+
+    renew()
+    thread = threading.Thread(target=keep_renewing, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
     finally:
-        store.delete(held.key)
-
-
-class Lease:
-    """A sign of life of one run."""
-
-    def __init__(self, store: Store, owner: str) -> None:
-        self.store, self.owner = store, owner
-        self.key = f"leases/{uuid.uuid4().hex}.json"
-        self._renewed = 0.0
-
-    def renew(self) -> None:
-        """Extend the lease if a third of it has passed."""
-        if time.monotonic() - self._renewed > LEASE_SECONDS / 3 or not self._renewed:
-            self.store.write(self.key, dump_json({"owner": self.owner, "expires": time.time() + LEASE_SECONDS}))
-            self._renewed = time.monotonic()
+        ended.set()
+        thread.join()
+        store.delete(key)
 
 
 def live_leases(store: Store, now: float | None = None) -> list[str]:

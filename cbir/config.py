@@ -3,12 +3,13 @@
 Every setting that changes what is stored enters fingerprints; `workers`, `pools` and `ray` never do.
 """
 
-import difflib
+import posixpath
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -16,9 +17,11 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
+from cbir._yaml import put, read_yaml
 from cbir.collection import InputSpec
 from cbir.encoding.encoder import EncoderSpec
 from cbir.errors import ConfigError
@@ -26,7 +29,7 @@ from cbir.features.extractor import ExtractorSpec
 from cbir.images import Limits
 from cbir.index.index import IndexSpec
 from cbir.rerank.reranker import FusionSpec, RerankerSpec
-from cbir.spec import Spec, one_of
+from cbir.spec import Spec, methods, nearest, one_of
 
 __all__ = ["Channel", "Config", "Evaluate", "Pool", "Pools", "Sample", "Search", "load_config", "parse_config"]
 
@@ -47,8 +50,11 @@ class Channel(Spec):
     """One way to describe images: an extractor, the encoders after it, and the index of the result."""
 
     extractor: Extractor
+    """From pixels to features."""
     encoders: tuple[Encoder, ...] = ()
+    """From features to what the index holds: one after the other, in this order."""
     index: Index
+    """How the results of the encoders are stored and compared."""
     keep_features: bool = False
     """Publish the extractor's features beside the index, for rerankers that need them."""
 
@@ -76,14 +82,18 @@ class Search(Spec):
     depth: PositiveInt = 100
     """How many candidates each channel gives to fusion and re-ranking, and how many results there can be."""
     fuse: Fusion | None = None
+    """How the rankings of several channels become one; needed if there are several."""
     rerank: tuple[Reranker, ...] = ()
+    """What improves the ranking: one after the other, in this order."""
 
 
 class Floor(Spec):
     """The least quality that a version needs to be published."""
 
     map: NonNegativeFloat | None = None
+    """Mean average precision, rectangle form."""
     recall_at_1: NonNegativeFloat | None = None
+    """Share of the queries whose first result is right."""
     ann_recall: NonNegativeFloat | None = None
     """Recall@10 of the index against exact search over the same vectors."""
 
@@ -92,17 +102,30 @@ class Evaluate(Spec):
     """How the quality of a version is measured before it is published."""
 
     ground_truth: str | None = None
+    """A CSV (image, instance_id, role) or an Oxford-style JSON: with it, every version is measured."""
     protocol: Literal["easy", "medium", "hard"] = "medium"
+    """Which graded labels of an Oxford-style JSON are asked for."""
     probes: NonNegativeInt = 100
     """How many indexed images serve as queries of the comparison with exact search."""
     floor: Floor = Floor()
+
+    @model_validator(mode="after")
+    def _floors_can_be_measured(self) -> Self:
+        for name in ("map", "recall_at_1"):
+            if getattr(self.floor, name) is not None and self.ground_truth is None:
+                raise ValueError(f"floor.{name}: can be measured only with evaluate.ground_truth; set that too")
+        if self.floor.ann_recall is not None and not self.probes:
+            raise ValueError("floor.ann_recall: can be measured only with evaluate.probes above 0")
+        return self
 
 
 class Sample(Spec):
     """The images that codebooks are trained on, drawn over all shards by a seeded hash of the image id."""
 
     images: PositiveInt = 50_000
+    """About how many images, at most."""
     features: PositiveInt = 2_000_000
+    """About how many features of these images in all, at most."""
     seed: NonNegativeInt = 0
 
 
@@ -110,9 +133,13 @@ class Pool(Spec):
     """The worker processes of some stages; unset fields follow the configuration's `workers`, one CPU and no GPU."""
 
     workers: PositiveInt | None = None
+    """Worker processes."""
     cpus: NonNegativeFloat = 1.0
+    """Processors of one worker."""
     gpus: NonNegativeFloat = 0.0
+    """GPUs of one worker; two workers with 0.5 share one."""
     memory_gb: NonNegativeFloat = 0.0
+    """Memory that Ray sets aside for one worker, in 10^9 bytes; 0: none."""
 
 
 class Pools(Spec):
@@ -122,17 +149,26 @@ class Pools(Spec):
     build: Pool = Pool()
 
 
+_STRING_OR_STRINGS = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}],
+    "title": "Images",
+}
+
+
 class Config(Spec):
     """A whole index: where the images are, how they are described, how they are searched, where the index goes."""
 
-    images: tuple[str, ...] = Field(min_length=1)
-    store: str
+    images: Annotated[tuple[str, ...], Field(min_length=1), WithJsonSchema(_STRING_OR_STRINGS)]
+    """Where the images are: a folder, bucket, prefix, tar or Parquet file, or a list of these."""
+    store: Annotated[str, StringConstraints(min_length=1)]
+    """Where the index goes: a folder or s3://bucket/prefix."""
     input: InputSpec = InputSpec()
     limits: Limits = Limits()
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The share of images that may be quarantined before the run stops."""
     sample: Sample = Sample()
     channels: dict[ChannelName, Channel] = Field(min_length=1)
+    """The ways to describe images, by a name of your own."""
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
     partition_megabytes: PositiveInt = 4096
@@ -151,21 +187,38 @@ class Config(Spec):
         return data
 
     @model_validator(mode="after")
-    def _channels_fit_together(self) -> Self:
-        if len(self.channels) > 1 and self.search.fuse is None:
-            raise ValueError("search.fuse: several channels need a fusion; add {name: late}")
+    def _parts_fit_together(self) -> Self:
+        self._check_store()
+        self._check_fusion()
         for position, reranker in enumerate(self.search.rerank):
             self._check_reranker(f"search.rerank.{position}", reranker)
         return self
+
+    def _check_store(self) -> None:
+        for position, source in enumerate(self.images):
+            if _lies_in(self.store, source):
+                raise ValueError(
+                    f"store: {self.store} lies in images.{position} ({source}), where its files would be taken for "
+                    "images; choose a place outside of it"
+                )
+
+    def _check_fusion(self) -> None:
+        fuse = self.search.fuse
+        if fuse is None:
+            if len(self.channels) > 1:
+                raise ValueError("search.fuse: several channels need a fusion; add {name: late}")
+            return
+        for name in fuse.channels:
+            if name not in self.channels:
+                raise ValueError(f"search.fuse.weights.{name}: no channel {name!r}{nearest(name, self.channels)}")
 
     def _check_reranker(self, path: str, reranker: RerankerSpec) -> None:
         if reranker.channel is None:
             return
         channel = self.channels.get(reranker.channel)
         if channel is None:
-            raise ValueError(
-                f"{path}.channel: no channel {reranker.channel!r}{_among(reranker.channel, self.channels)}"
-            )
+            hint = nearest(reranker.channel, self.channels)
+            raise ValueError(f"{path}.channel: no channel {reranker.channel!r}{hint}")
         if not channel.keep_features:
             raise ValueError(
                 f"{path}: needs the features of its channel; set channels.{reranker.channel}.keep_features: true"
@@ -176,25 +229,17 @@ class Config(Spec):
             )
 
 
-def _among(word: str, words: Sequence[str] | Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(words)}"
+def _lies_in(place: str, folder: str) -> bool:
+    """By their names alone, so that the answer does not depend on where the configuration is read."""
+    place, folder = (posixpath.normpath(name.removeprefix("file://")) for name in (place, folder))
+    return place == folder or place.startswith(folder.rstrip("/") + "/")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file; `overrides` are `dotted.path=value` with a YAML value, as of `--set` on the command line."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must be a mapping of keys such as images, store and channels")
+    data = read_yaml(path)
     for override in overrides:
-        _override(data, override)
+        put(data, override)
     return parse_config(data, str(path))
 
 
@@ -207,64 +252,53 @@ def parse_config(data: Mapping[str, Any], place: str) -> Config:
         raise ConfigError(f"{place} is not a valid configuration:\n{lines}") from None
 
 
+_ROLES = {
+    "extractor": "extractor",
+    "encoders": "encoder",
+    "index": "index",
+    "fuse": "fusion",
+    "rerank": "reranker",
+    "pooling": "pooling",
+}
+"""The keys under which a method, or a list of methods, of a role stands."""
+
+
 def _explain(detail: Any) -> str:
-    path = ".".join(str(part) for part in _without_tags(detail["loc"]))
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "union_tag_invalid":
-        tag, tags = detail["ctx"]["tag"], detail["ctx"]["expected_tags"].replace("'", "").split(", ")
-        return f"{path}.name: unknown method {tag!r}{_among(tag, tags)}"
-    if detail["type"] in ("value_error", "unknown_key"):
-        return f"{path}.{message}" if detail["type"] == "value_error" and path else f"{path or 'top level'}: {message}"
-    if detail["type"] == "missing":
-        return f"{path}: is missing"
-    return f"{path}: {message}, found {detail['input']!r}"
+    """One mistake in words, beginning with its YAML path."""
+    path, role = _yaml_path(detail["loc"])
+    message, found = detail["msg"].removeprefix("Value error, "), reprlib.repr(detail["input"])
+    match detail["type"]:
+        case "union_tag_invalid":
+            tag = detail["ctx"]["tag"]
+            return f"{path}.name: unknown {role} {tag!r}{nearest(tag, methods(role))}"
+        case "union_tag_not_found":
+            return f"{path}.name: is missing; known are {', '.join(methods(role))}"
+        case "model_attributes_type" | "model_type" if role:
+            return f"{path}: expected a method such as {{name: {next(iter(methods(role)))}}}, found {found}"
+        case "literal_error" if isinstance(detail["input"], str):
+            words = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+            return f"{path}: unknown word {found}{nearest(detail['input'], words)}"
+        case "value_error":  # of a model, whose message begins with the rest of the path
+            return f"{path}.{message}" if path else message
+        case "unknown_key":
+            return f"{path or 'top level'}: {message}"
+        case "missing":
+            return f"{path}: is missing"
+    return f"{path}: {message}, found {found}"
 
 
-def _without_tags(loc: Sequence[str | int]) -> list[str | int]:
-    """The YAML path of a pydantic location, which also names the chosen member of a union."""
-    path: list[str | int] = []
-    for part in loc:
-        chosen = path and (path[-1] in _METHOD_KEYS or (len(path) > 1 and path[-2] in _METHOD_LISTS))
-        if chosen and isinstance(part, str) and part in _method_names():
-            continue
-        path.append(part)
-    return path
+def _yaml_path(loc: Sequence[str | int]) -> tuple[str, str]:
+    """The YAML path of a pydantic location, and the role of the method that it ends at, if it does.
 
-
-_METHOD_KEYS = ("extractor", "index", "fuse", "pooling")
-_METHOD_LISTS = ("encoders", "rerank")
-
-
-def _method_names() -> set[str]:
-    from cbir.spec import methods, roles
-
-    return {name for role in roles() for name in methods(role)}
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {override}: expected dotted.path=value")
-    *parents, last = path.split(".")
-    place: Any = data
-    for key in parents:
-        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise ConfigError(f"--set {path}: {key} is a plain value, not a group of keys")
-    if isinstance(place, list):
-        place[int(last)] = yaml.safe_load(value)
-    else:
-        place[last] = yaml.safe_load(value)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error rather than silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    Pydantic also names the chosen member of a union, behind the place of the method.
+    """
+    path: list[str] = []
+    role = ""
+    for part in map(str, loc):
+        if role and part in methods(role):
+            role = ""
+        elif part != "[key]":
+            path.append(part)
+            in_list = part.isdecimal() and len(path) > 1
+            role = _ROLES.get(path[-2] if in_list else part, "")
+    return ".".join(path), role

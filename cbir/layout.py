@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cbir.errors import ArtifactError
@@ -91,7 +92,7 @@ class IdMap:
     """The id map of one partition, memory-mapped and sorted by id."""
 
     def __init__(self, path: Path) -> None:
-        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.table = _mapped(path)
         self.image_ids: Int64s = self.table.column("image_id").to_numpy()
 
     @staticmethod
@@ -105,16 +106,19 @@ class IdMap:
 
     def rows(self, image_ids: Int64s) -> pa.Table:
         """The rows of these images, in this order; ArtifactError if the partition lacks one."""
-        return self.table.take(_positions(self.image_ids, image_ids))
+        positions, found = _positions(self.image_ids, image_ids)
+        if not found.all():
+            raise ArtifactError(
+                f"image id {image_ids[~found][0]} is in the index but not in its id map; run `cbir verify`"
+            )
+        return self.table.take(positions)
 
 
 class FeatureFile:
     """The extractor's features of one partition, memory-mapped and sorted by id."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
-        self._table = pa.Table.from_batches(batches, self._reader.schema)
+        self._table = _mapped(path)
         self.image_ids: Int64s = self._table.column("image_id").to_numpy()
 
     @staticmethod
@@ -131,18 +135,32 @@ class FeatureFile:
         return images
 
     def read(self, image_ids: Int64s) -> FeatureBatch:
-        """The features of these images, in this order; ArtifactError if the file lacks one."""
-        positions = _positions(self.image_ids, image_ids)
-        rows = [self._table.slice(position, 1) for position in positions]
+        """The features of these images, in this order; no rows for an image that has none here.
+
+        An image that one channel indexed may have been quarantined in another.
+        """
+        positions, found = _positions(self.image_ids, image_ids)
+        rows = [self._table.slice(position, 1) for position in positions[found]]
         table = pa.concat_tables(rows) if rows else self._table.slice(0, 0)
-        return FeatureBatch.from_arrow(table.select(FEATURES_SCHEMA.names))
+        held = FeatureBatch.from_arrow(table.select(FEATURES_SCHEMA.names))
+        counts = np.zeros(len(image_ids), np.int64)
+        counts[found] = held.counts
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry)
 
 
-def _positions(known: Int64s, wanted: Int64s) -> Int64s:
+def _mapped(path: Path) -> pa.Table:
+    """A table over the mapped file; ArtifactError if the file is not whole."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid as error:
+        raise ArtifactError(f"{path}: not a whole Arrow file ({error}); run `cbir verify`") from None
+
+
+def _positions(known: Int64s, wanted: Int64s) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+    """Where the wanted ids lie among the known ones, which are sorted, and which of them are there at all."""
     positions = np.searchsorted(known, wanted)
     found = positions < len(known)
     if len(known):
         found &= known[np.minimum(positions, len(known) - 1)] == wanted
-    if not found.all():
-        raise ArtifactError(f"image id {wanted[~found][0]} is in the index but not in its id map; run `cbir verify`")
-    return positions
+    return positions, found

@@ -5,21 +5,23 @@ for result in searcher.search("picture.jpg", depth=10):
     print(result.key, result.score)
 """
 
+import functools
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load as load_safetensors
 
+from cbir.artifacts import StoredFile
 from cbir.collection import Place, read_place
 from cbir.config import Channel, Config, parse_config
 from cbir.encoding.encoder import Encoder
-from cbir.errors import DataError
+from cbir.errors import ArtifactError, DataError
 from cbir.images import BadImage, Decoded, Limits, View, decode
 from cbir.index.index import SearchIndex
 from cbir.layout import FeatureFile, IdMap, Layout, PartitionLayout
@@ -28,6 +30,8 @@ from cbir.types import FeatureBatch, Hits, ImageBatch, Int64s
 from cbir.versions import Manifest, Versions
 
 __all__ = ["Answer", "Box", "LocalFiles", "Partition", "QueryEncoder", "Result", "Searcher", "open_version"]
+
+T = TypeVar("T")
 
 Box = tuple[float, float, float, float]
 """x, y, width, height in pixels of the upright original."""
@@ -42,14 +46,13 @@ class LocalFiles:
         self._cache = cache or Path(os.environ.get("CBIR_CACHE", Path.home() / ".cache" / "cbir"))
 
     def path(self, key: str) -> Path:
-        """The local file with the content of this key, checked against its recorded sha256 when it is fetched."""
-        local = self.store.local_path(key)
+        """The local file with the content of this key; its sha256 is checked when it is fetched, else its size."""
+        file, local = self._files[key], self.store.local_path(key)
         if local is not None:
+            _check_size(local, file)
             return local
-        file = self._files[key]
         target = self._cache / f"{file.sha256}.{key.rsplit('.', 1)[-1]}"
         if not target.exists():
-            self._cache.mkdir(parents=True, exist_ok=True)
             self.store.fetch(key, target, file.sha256)
         return target
 
@@ -58,11 +61,19 @@ class LocalFiles:
         return load_safetensors(self.store.read(key, sha256=self._files[key].sha256))
 
 
+def _check_size(path: Path, file: StoredFile) -> None:
+    """ArtifactError for a file that was cut or grew: mapped as it is, it could end this process by a signal."""
+    if (found := path.stat().st_size) != file.num_bytes:
+        raise ArtifactError(f"{path} has {found} bytes, its record says {file.num_bytes}; run `cbir verify`")
+
+
 class PartitionLike(Protocol):
     """What a searcher needs of a partition; the query pool has one whose partition lives in an actor."""
 
-    low: int
-    high: int
+    @property
+    def low(self) -> int:
+        """The least image id that it can hold."""
+        ...
 
     def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
         """Hits by channel for encoded queries by channel."""
@@ -201,12 +212,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map."""
+    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map, and
+    the version that all of them come from."""
 
     hits: Hits
     by_channel: Mapping[str, Hits]
     query_features: Mapping[str, FeatureBatch]
     records: Mapping[int, Mapping[str, Any]]
+    version: int
 
     def results(self, query: int) -> list[Result]:
         """The ranked results of one query."""
@@ -260,11 +273,11 @@ class Searcher:
         for reranker in self._rerankers:
             hits = reranker.rerank(hits, context)
         best = Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
-        return Answer(best, by_channel, raw, self._records(best.image_ids))
+        return Answer(best, by_channel, raw, self._records(best.image_ids), self.manifest.version)
 
     def channel_hits(self, encoded: Mapping[str, FeatureBatch], depth: int) -> dict[str, Hits]:
         """The best `depth` images of each channel over all partitions."""
-        found = [partition.search(encoded, depth) for partition in self.partitions]
+        found = self._ask([functools.partial(part.search, encoded, depth) for part in self.partitions])
         return {name: Hits.merge([hits[name] for hits in found], depth) for name in encoded}
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
@@ -272,14 +285,21 @@ class Searcher:
         if not len(image_ids):
             return self.partitions[0].features(channel, image_ids)
         groups = self._by_partition(image_ids)
-        parts = [self.partitions[number].features(channel, image_ids[where]) for number, where in groups]
+        parts = self._ask(
+            [functools.partial(self.partitions[n].features, channel, image_ids[where]) for n, where in groups]
+        )
         order = np.argsort(np.concatenate([where for _, where in groups]), kind="stable")
         return FeatureBatch.concatenate(parts).take(order)
 
     def _records(self, image_ids: Int64s) -> dict[int, Mapping[str, Any]]:
         wanted = np.unique(image_ids[image_ids >= 0])
-        rows = [row for n, where in self._by_partition(wanted) for row in self.partitions[n].records(wanted[where])]
-        return {row["image_id"]: row for row in rows}
+        groups = self._by_partition(wanted)
+        found = self._ask([functools.partial(self.partitions[n].records, wanted[where]) for n, where in groups])
+        return {row["image_id"]: row for rows in found for row in rows}
+
+    def _ask(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of calls to partitions, in their order; here one call after the other."""
+        return [call() for call in calls]
 
     def _by_partition(self, image_ids: Int64s) -> list[tuple[int, Int64s]]:
         owner = np.searchsorted(self._edges, image_ids, side="right") - 1
@@ -287,7 +307,9 @@ class Searcher:
 
     def keys(self) -> dict[int, str]:
         """The key of every indexed image by its id."""
-        return {image: key for partition in self.partitions for image, key in partition.keys().items()}
+        return {
+            image: key for keys in self._ask([part.keys for part in self.partitions]) for image, key in keys.items()
+        }
 
     def picture(self, image: int) -> bytes:
         """The file of an indexed image, read again from the collection."""

@@ -45,7 +45,9 @@ def fingerprint(*parts: Any) -> str:
 class Spec(BaseModel):
     """A frozen piece of configuration that refuses unknown keys and names the nearest right one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,5 @@
 """Published versions: immutable manifests, the one pointer CURRENT, roll-back, pins and garbage."""
 
-import json
 import re
 import time
 import uuid
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cbir.artifacts import LEASE_SECONDS, StoredFile, dump_json, failpoint, live_leases, sha256_of
+from cbir.artifacts import LEASE_SECONDS, StoredFile, dump_json, failpoint, live_leases, load_json, sha256_of
 from cbir.errors import ArtifactError, ObjectMissing
 from cbir.storage import Store
 
@@ -46,7 +45,7 @@ class Manifest:
     @classmethod
     def from_json(cls, data: bytes, place: str) -> "Manifest":
         """Back from `to_json`; ArtifactError if it was written by a newer cbir."""
-        record = json.loads(data)
+        record = load_json(data, place)
         if record.get("format") != FORMAT:
             raise ArtifactError(f"{place} has format {record.get('format')}, this cbir reads {FORMAT}: update cbir")
         record["files"] = tuple(StoredFile(**file) for file in record["files"])
@@ -83,7 +82,7 @@ class Versions:
             data, tag = self.store.read_tagged(CURRENT)
         except ObjectMissing:
             return None, ""
-        return Current(**json.loads(data)), tag
+        return Current(**load_json(data, self.store.place(CURRENT))), tag
 
     def numbers(self) -> list[int]:
         """All committed versions, oldest first."""
@@ -194,7 +193,7 @@ class Versions:
         kept = {number: self.load(number) for number in self._kept(keep)}
         needed = {self.key(number) for number in kept} | {f.key for m in kept.values() for f in m.files}
         work = {prefix for manifest in kept.values() for prefix in manifest.work}
-        for area in ("versions/", "stages/", "assets/"):
+        for area in ("versions/", "candidates/", "stages/", "assets/"):
             for info in self.store.list(area):
                 if info.key not in needed and info.key.rsplit("/", 1)[0] + "/" not in work:
                     yield info.key, info.size

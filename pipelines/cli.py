@@ -5,13 +5,13 @@
 """
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from cbir.errors import CbirError, ConfigError
 
@@ -23,8 +23,34 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; every expected error of one becomes a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            _fail(str(error), 2)
+        except CbirError as error:
+            _fail(str(error), 1)
+        except OSError as error:
+            if error.filename is None:  # none of a file that the user named, such as a closed pipe
+                raise
+            _fail(f"{error.filename}: {error.strerror}", 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command again to go on", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"error: {message}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
 app = typer.Typer(
     name="cbir",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -43,8 +69,9 @@ app = typer.Typer(
     """,
 )
 
-out = Console()
-err = Console(stderr=True)
+# What is printed are keys, paths and messages: nothing in them is markup.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The YAML file; see configs/ for examples.", show_default=False)
@@ -63,7 +90,11 @@ Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Worker pr
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override any key: --set sample.images=1000.")
 ]
+Protocol = Literal["easy", "medium", "hard"]
+Format = Literal["faiss", "parquet"]
 VersionOption = Annotated[int | None, typer.Option("--version", help="Use this version instead of the current one.")]
+
+ChosenVersion = Annotated[int, typer.Option("--version", help="Which version.", show_default=False)]
 
 
 def _config(
@@ -73,7 +104,7 @@ def _config(
 
     overrides = list(sets or [])
     overrides += [f"images={json.dumps(images)}"] if images else []
-    overrides += [f"store={json.dumps(store)}"] if store else []
+    overrides += [f"store={json.dumps(store)}"] if store is not None else []
     overrides += [f"workers={workers}"] if workers is not None else []
     return load_config(path, overrides)
 
@@ -152,10 +183,12 @@ def index(
 
 def _print_quality(quality: Any) -> None:
     for channel, recalls in quality.get("ann_recall", {}).items():
+        if not recalls:
+            continue
         named = "  ".join(f"recall@{depth} {recall:.3f}" for depth, recall in recalls.items())
-        out.print(f"{channel} against exact search: {named}", highlight=False)
+        out.print(f"{channel} against exact search: {named}")
     if "map" in quality:
-        out.print(f"mAP {quality['map']:.3f}  recall@1 {quality['recall_at_1']:.3f}", highlight=False)
+        out.print(f"mAP {quality['map']:.3f}  recall@1 {quality['recall_at_1']:.3f}")
 
 
 @app.command()
@@ -186,7 +219,7 @@ def search(
         from pipelines.reporting import write_search
 
         write_search(html, searcher, picture.read_bytes(), answer, region, picture.name)
-        err.print(f"wrote {html}", highlight=False)
+        err.print(f"wrote {html}")
 
 
 def _box(text: str | None) -> "Box | None":
@@ -204,10 +237,8 @@ def _print_results(results: "list[Result]", as_json: bool) -> None:
         for result in results:
             print(json.dumps({"key": result.key, "score": result.score, "channels": dict(result.channels)}))
         return
-    table = Table("rank", "score", "key", box=None, header_style="dim")
     for rank, result in enumerate(results, start=1):
-        table.add_row(str(rank), f"{result.score:.4f}", result.key)
-    out.print(table)
+        out.print(f"{rank:>4}  {result.score:9.4f}  {result.key}", soft_wrap=True)
 
 
 @app.command()
@@ -217,7 +248,7 @@ def evaluate(
         str | None, typer.Option("--ground-truth", help="CSV or Oxford-style JSON; default: the YAML's.")
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="easy, medium or hard, for graded JSON labels.")
+        Protocol | None, typer.Option("--protocol", help="For graded labels of a JSON; default: the YAML's.")
     ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
@@ -243,21 +274,16 @@ def evaluate(
     truth = ground_truth or settings.ground_truth
     if truth is None:
         raise ConfigError("no ground truth: give --ground-truth FILE, or set evaluate.ground_truth in the YAML")
-    chosen = _protocol(protocol or settings.protocol)
     with err.status("searching") as status:
-        judged = judge(searcher, truth, chosen, lambda done, total: status.update(f"{done}/{total} queries"))
+        judged = judge(
+            searcher, truth, protocol or settings.protocol, lambda done, total: status.update(f"{done}/{total} queries")
+        )
     figures = judged.quality.to_json()
     _print_figures(figures)
     page = write_evaluation(report, store, searcher, judged)
     if as_json is not None:
         as_json.write_text(json.dumps({**figures, "version": searcher.manifest.version}, indent=2) + "\n")
-    out.print(str(page), highlight=False, soft_wrap=True)
-
-
-def _protocol(name: str) -> Any:
-    if name not in ("easy", "medium", "hard"):
-        raise ConfigError(f"--protocol must be easy, medium or hard, found {name!r}")
-    return name
+    out.print(str(page), soft_wrap=True)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
@@ -277,6 +303,8 @@ def verify(
 ) -> None:
     """Read every file of a version and compare it with its record; check that no image is missing.
 
+    A damaged version heals with `cbir verify --repair my-index` and then the `cbir index` that made it.
+
     Example: `cbir verify s3://indexes/landmarks`
     """
     from cbir.search import searcher_of
@@ -287,9 +315,10 @@ def verify(
     manifest = Versions(store).load(version)
     if repair:
         for prefix in forget_damaged(store, manifest):
-            out.print(f"forgot {prefix}", highlight=False)
+            out.print(f"forgot {prefix}")
         return
-    check_files(store, manifest)
+    with err.status("reading") as status:
+        check_files(store, manifest, lambda file: status.update(f"read {file.key}"))
     check_counts(searcher_of(store, manifest), manifest)
     counts = manifest.counts
     out.print(
@@ -359,15 +388,21 @@ def gc(
 
 
 @app.command()
-def pin(index: IndexOrConfig, version: Annotated[int, typer.Option("--version", show_default=False)]) -> None:
-    """Keep a version through every gc; `cbir unpin` lets it go again."""
+def pin(index: IndexOrConfig, version: ChosenVersion) -> None:
+    """Keep a version through every gc; `cbir unpin` lets it go again.
+
+    Example: `cbir pin my-index --version 3`
+    """
     _versions(index).pin(version)
     out.print(f"version {version} is pinned")
 
 
 @app.command()
-def unpin(index: IndexOrConfig, version: Annotated[int, typer.Option("--version", show_default=False)]) -> None:
-    """Let gc take a pinned version again."""
+def unpin(index: IndexOrConfig, version: ChosenVersion) -> None:
+    """Let gc take a pinned version again.
+
+    Example: `cbir unpin my-index --version 3`
+    """
     _versions(index).unpin(version)
     out.print(f"version {version} is not pinned")
 
@@ -377,7 +412,7 @@ def export(
     index: IndexOrConfig,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go.", show_default=False)],
     form: Annotated[
-        str, typer.Option("--format", help="faiss (one index and its ids) or parquet (one vector per image).")
+        Format, typer.Option("--format", help="faiss: one index and its ids; parquet: keys and vectors.")
     ] = "faiss",
     channel: Annotated[str | None, typer.Option("--channel", help="Needed if the index has several.")] = None,
     version: VersionOption = None,
@@ -390,10 +425,8 @@ def export(
     from pipelines.export import export as run_export
 
     store = _store(index)
-    if form not in ("faiss", "parquet"):
-        raise ConfigError(f"--format must be faiss or parquet, found {form!r}")
-    for path in run_export(store, Versions(store).load(version), folder, channel, form):  # type: ignore[arg-type]
-        out.print(str(path), highlight=False, soft_wrap=True)
+    for path in run_export(store, Versions(store).load(version), folder, channel, form):
+        out.print(str(path), soft_wrap=True)
 
 
 @app.command()
@@ -422,31 +455,23 @@ def methods(
     if role is not None and role not in roles():
         raise ConfigError(f"no role {role!r}{nearest(role, roles())}")
     for name in [role] if role else roles():
-        table = Table(
-            "name", "fields (default)", "paper", title=name, title_justify="left", box=None, header_style="dim"
-        )
+        table = Table("name", "fields", "paper", title=name, title_justify="left", box=None, header_style="dim")
         for method in registered(name).values():
-            fields = (f"{key} ({field.default!r})" for key, field in method.model_fields.items() if key != "name")
-            table.add_row(method.model_fields["name"].default, "\n".join(fields), method.paper)
+            fields = {key: field for key, field in method.model_fields.items() if key != "name"}
+            described = (
+                f"{key} (required)"
+                if field.is_required()
+                else f"{key} ({field.get_default(call_default_factory=True)})"
+                for key, field in fields.items()
+            )
+            table.add_row(method.model_fields["name"].default, "\n".join(described), method.paper)
         out.print(table)
         out.print()
 
 
 def main() -> None:
-    """Run the command line; every expected error becomes a message and an exit code."""
-    try:
-        app(standalone_mode=True)
-    except ConfigError as error:
-        _fail(error, 2)
-    except CbirError as error:
-        _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130)
-
-
-def _fail(error: object, code: int) -> None:
-    err.print(f"[bold red]error:[/] {str(error).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
-    sys.exit(code)
+    """Run the command line."""
+    app()
 
 
 if __name__ == "__main__":

@@ -12,30 +12,39 @@ import ray as _ray
 from cbir.config import Config, Pool
 from pipelines.work import Report, Task, Worker
 
-__all__ = ["new_worker", "ray", "start_ray"]
+__all__ = ["connect", "new_worker", "ray", "start_ray"]
 
 ray: Any = _ray
 """Ray without its types, which do not know actors."""
 
 
-def start_ray(config: Config) -> None:
-    """Join the cluster at `config.ray`, or start one on this machine with a processor per worker."""
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-    if config.ray is not None:
-        ray.init(address=config.ray, **options)
-        return
+def start_ray(config: Config) -> bool:
+    """Join the cluster at `config.ray`, or start one on this machine with a processor per worker; as `connect`."""
     pools = (config.pools.extract, config.pools.build)
     cpus = max(1, *(round((pool.workers or config.workers) * pool.cpus) for pool in pools))
     gpus = max(round((pool.workers or config.workers) * pool.gpus) for pool in pools)
+    return connect(config.ray, cpus, gpus)
+
+
+def connect(address: str | None, num_cpus: int, num_gpus: int = 0) -> bool:
+    """Join the Ray cluster at an address, or start one of this size here; False if this process is in one already.
+
+    Only errors of Ray are logged: its notice that the cluster asks for a token is meant for who administers it.
+    """
+    if ray.is_initialized():
+        return False
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is not None:
+        ray.init(address=address, **options)
+        return True
     ray.init(
-        num_cpus=cpus,
-        num_gpus=gpus or None,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
         include_dashboard=False,
         object_store_memory=128 << 20,
         **options,
     )
+    return True
 
 
 class _WorkerActor:

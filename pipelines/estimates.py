@@ -4,15 +4,16 @@ import itertools
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cbir.collection import ImageShard, RawImage, read_images
-from cbir.config import Channel, Config
+from cbir.config import Channel, Config, Pool
 from cbir.errors import DataError
+from cbir.features.extractor import Extractor, ExtractorSpec
 from cbir.images import BadImage, decode
 from cbir.types import FeatureBatch, ImageBatch, image_id
 from pipelines.indexing import plan, read_asset
@@ -21,6 +22,10 @@ from pipelines.work import limit_threads
 __all__ = ["Estimate", "Line", "estimate"]
 
 TRIED_IMAGES = 16
+TRIED_PER_SHARD = 4
+TAR_HEADER_BYTES = 1024
+TRAINING_COPIES = 4
+"""How often training holds its sample at the peak: as stored, sorted, as float32 and encoded."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,29 @@ class Estimate:
     num_shards: int
     num_images: int
     num_bytes: int
+    disk_bytes: float
+    memory_bytes: float
+    seconds: float
     lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a few images cost in one channel: seconds and bytes per image."""
+    """What an image costs in one channel, as the mean of a few that were tried."""
 
-    seconds: float
-    feature_bytes: float
     tried: int
     bad: int
+    seconds: float
+    features: float
+    feature_bytes: float
+    entry_bytes: float
+
+    def disk_bytes(self, channel: Channel) -> float:
+        """Of the features, which are stored for re-use and perhaps once more for the reranker, and of the index.
+
+        Vectors lie in the entries of every shard and in the merged partitions.
+        """
+        return self.feature_bytes * (2 if channel.keep_features else 1) + 2 * self.entry_bytes
 
 
 def estimate(config: Config) -> Estimate:
@@ -57,90 +74,145 @@ def estimate(config: Config) -> Estimate:
     limit_threads()
     shards = plan(config)
     raw = _some_images(config, shards)
+    trials = {name: _try(channel, config, name, raw) for name, channel in config.channels.items()}
     num_bytes = sum(shard.num_bytes for shard in shards)
-    mean_bytes = max(1.0, float(np.mean([image.size for image in raw])))
-    known = [shard.num_images for shard in shards]
-    counted = all(number is not None for number in known)
-    images = sum(number or 0 for number in known) if counted else round(num_bytes / (mean_bytes + 1024))
-    trials = {name: _try(config, channel, name, raw) for name, channel in config.channels.items()}
+    images, counted = _count(shards, raw)
+    disk = {name: images * trial.disk_bytes(config.channels[name]) for name, trial in trials.items()}
+    workers = _num_workers(config, config.pools.extract)
+    seconds = {name: images * trial.seconds / workers for name, trial in trials.items()}
+    memory, memory_basis = _memory(config, trials, images)
     lines = [
         Line("shards", f"{len(shards):,}", "listed"),
-        Line("images", f"{images:,}", "counted" if counted else f"bytes / the mean of {len(raw)} images + tar headers"),
+        Line("images", f"{images:,}", counted),
         Line("bytes to read", _bytes(num_bytes * len(trials)), f"listed, once for each of {len(trials)} channel(s)"),
+        *(_disk_line(config, name, trial, disk[name]) for name, trial in trials.items()),
+        *(_time_line(config, name, trial, seconds[name], workers) for name, trial in trials.items()),
+        Line("disk", _bytes(sum(disk.values())), "all channels; every version of other settings needs its own"),
+        Line("memory", _bytes(memory), memory_basis),
+        Line("time", _time(sum(seconds.values())), "extraction alone; training, building and merging come on top"),
     ]
-    for name, trial in trials.items():
-        lines += _channel_lines(config, name, trial, images)
-    lines.append(_memory_line(config, trials))
-    return Estimate(len(shards), images, num_bytes, tuple(lines))
+    return Estimate(len(shards), images, num_bytes, sum(disk.values()), memory, sum(seconds.values()), tuple(lines))
+
+
+def _count(shards: Sequence[ImageShard], raw: Sequence[RawImage]) -> tuple[int, str]:
+    """How many images there are, and how that is known."""
+    known = [shard.num_images for shard in shards if shard.num_images is not None]
+    if len(known) == len(shards):
+        return sum(known), "counted"
+    unknown_bytes = sum(shard.num_bytes for shard in shards if shard.num_images is None)
+    mean_bytes = float(np.mean([image.size for image in raw])) + TAR_HEADER_BYTES
+    return sum(known) + round(
+        unknown_bytes / mean_bytes
+    ), f"bytes / the mean of {len(raw)} images and their tar headers"
 
 
 def _some_images(config: Config, shards: Sequence[ImageShard]) -> list[RawImage]:
-    limit = int(config.limits.megabytes * 1e6)
-    images = (image for shard in shards for image in read_images(shard, config.input, limit))
-    found = list(itertools.islice((image for image in images if image.data is not None), TRIED_IMAGES))
+    """A few images from shards all over the collection, which may be sorted by what they show."""
+    step = max(1, len(shards) * TRIED_PER_SHARD // TRIED_IMAGES)
+    spread = [shard for start in range(step) for shard in shards[start::step]]
+    images = (image for shard in spread for image in _first_images(config, shard))
+    found = list(itertools.islice(images, TRIED_IMAGES))
     if not found:
         raise DataError(f"no readable image under {', '.join(config.images)}")
     return found
 
 
-def _try(config: Config, channel: Channel, name: str, raw: Sequence[RawImage]) -> _Trial:
-    spec = channel.extractor
+def _first_images(config: Config, shard: ImageShard) -> Iterator[RawImage]:
+    images = read_images(shard, config.input, int(config.limits.megabytes * 1e6))
+    return itertools.islice((image for image in images if image.data is not None), TRIED_PER_SHARD)
+
+
+def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -> _Trial:
+    """Decode and extract in this process."""
+    extractor = _build(channel.extractor, f"channels.{name}.extractor")
+    start = time.perf_counter()
+    decoded = [(image.key, decode(image.data or b"", channel.extractor.view, config.limits)) for image in raw]
+    good = [(key, result) for key, result in decoded if not isinstance(result, BadImage)]
+    size = channel.extractor.batch_size
+    parts = [_no_features(extractor)]
+    for first in range(0, len(good), size):
+        some = good[first : first + size]
+        ids = np.array([image_id(key) for key, _ in some], np.int64)
+        sizes = np.array([result.size for _, result in some], np.int32)
+        parts.append(extractor.extract(ImageBatch(ids, [result.pixels for _, result in some], sizes)))
+    seconds = time.perf_counter() - start
+    return _trial(channel, FeatureBatch.concatenate(parts), seconds, len(raw))
+
+
+def _build(spec: ExtractorSpec, path: str) -> Extractor:
+    """The extractor on this process's CPU."""
     with tempfile.TemporaryDirectory(prefix="cbir-") as folder:
         files = {}
         for field, uri in spec.assets.items():
             files[field] = Path(folder) / f"{field}{Path(uri).suffix}"
-            files[field].write_bytes(read_asset(uri, f"channels.{name}.extractor.{field}"))
-        extractor = spec.build("cpu", files)
-    extractor.extract(ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32)))
-    start = time.perf_counter()
-    decoded = [(image, decode(image.data or b"", spec.view, config.limits)) for image in raw]
-    good = [(image, result) for image, result in decoded if not isinstance(result, BadImage)]
-    parts: list[FeatureBatch] = []
-    for first in range(0, len(good), spec.batch_size):
-        some = good[first : first + spec.batch_size]
-        ids = np.array([image_id(image.key) for image, _ in some], np.int64)
-        sizes = np.array([result.size for _, result in some], np.int32)
-        parts.append(extractor.extract(ImageBatch(ids, [result.pixels for _, result in some], sizes)))
-    seconds = time.perf_counter() - start
-    stored = sum(part.descriptors.nbytes + part.geometry.nbytes for part in parts)
-    return _Trial(seconds / len(raw), stored / max(len(good), 1), len(raw), len(raw) - len(good))
+            files[field].write_bytes(read_asset(uri, f"{path}.{field}"))
+        return spec.build("cpu", files)
 
 
-def _channel_lines(config: Config, name: str, trial: _Trial, images: int) -> list[Line]:
-    workers = max(1, config.pools.extract.workers or config.workers)
-    basis = f"{trial.tried} images tried in this process"
+def _no_features(extractor: Extractor) -> FeatureBatch:
+    return extractor.extract(ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32)))
+
+
+def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int) -> _Trial:
+    """What the images cost in features and index entries, by what the encoders' settings say about their output."""
+    good = max(len(features), 1)
+    dim, rows = features.descriptors.shape[1], len(features.descriptors)
+    for encoder in channel.encoders:
+        dim = encoder.output_dim(dim)
+        rows = good if encoder.aggregates else rows
+    return _Trial(
+        tried=tried,
+        bad=tried - len(features),
+        seconds=seconds / tried,
+        features=len(features.descriptors) / good,
+        feature_bytes=(features.descriptors.nbytes + features.geometry.nbytes) / good,
+        entry_bytes=rows / good * channel.index.entry_bytes(dim),
+    )
+
+
+def _num_workers(config: Config, pool: Pool) -> int:
+    return max(1, pool.workers or config.workers)
+
+
+def _disk_line(config: Config, name: str, trial: _Trial, total: float) -> Line:
+    copies = "2 x" if config.channels[name].keep_features else "1 x"
+    basis = f"per image {copies} {_bytes(trial.feature_bytes)} of features, 2 x {_bytes(trial.entry_bytes)} of index"
+    return Line(f"{name}: disk", _bytes(total), f"{basis}; {trial.tried} images tried")
+
+
+def _time_line(config: Config, name: str, trial: _Trial, seconds: float, workers: int) -> Line:
+    bad = f", {trial.bad} of them cannot be used" if trial.bad else ""
     gpu = "; the pool has GPUs, expect less" if config.pools.extract.gpus else ""
-    copies = 2 if config.channels[name].keep_features else 1
-    stored = trial.feature_bytes * images * copies
-    what = f"{name}: "
-    return [
-        Line(what + "extraction", _time(trial.seconds * images / workers), f"{basis}, {workers} worker(s){gpu}"),
-        Line(
-            what + "features on disk", _bytes(stored), f"{basis}, {copies} time(s) {_bytes(trial.feature_bytes)} each"
-        ),
-    ]
+    basis = f"{_milliseconds(trial.seconds)} per image in this process, {workers} worker(s)"
+    return Line(f"{name}: extraction", _time(seconds), f"{basis}; {trial.tried} images tried{bad}{gpu}")
 
 
-def _memory_line(config: Config, trials: dict[str, _Trial]) -> Line:
-    """A training worker holds the whole sample as float32, every process the libraries and models of this one."""
+def _memory(config: Config, trials: Mapping[str, _Trial], images: int) -> tuple[float, str]:
+    """Every process holds the libraries and models of this one; one of them trains on the whole sample."""
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sample = 0.0
+    processes = max(_num_workers(config, pool) for pool in (config.pools.extract, config.pools.build))
+    samples = [0.0]
     for trial in trials.values():
-        sample = max(sample, min(config.sample.images * trial.feature_bytes, config.sample.features * 512.0))
-    total = here * max(1, config.workers) + 4 * sample
-    basis = f"{_bytes(here)} for each of {max(1, config.workers)} process(es), as this one, and 4 x the largest sample"
-    return Line("memory", _bytes(total), basis)
+        share = min(1, config.sample.images / images, config.sample.features / max(images * trial.features, 1))
+        samples.append(share * images * trial.feature_bytes)
+    sample = max(samples)
+    basis = f"{processes} process(es) of {_bytes(here)}, as this one; {TRAINING_COPIES} x a sample of {_bytes(sample)}"
+    return here * processes + TRAINING_COPIES * sample, basis
 
 
 def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
-        number /= 1000
-    raise AssertionError
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while number >= 1000 and unit != "TB":
+        number, unit = number / 1000, next(units)
+    return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _time(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -17,13 +17,19 @@ from cbir.errors import CbirError, DataError
 from cbir.storage import Store
 from pipelines.work import Report, Task, Worker
 
-__all__ = ["Executor", "InlineExecutor", "OnReport", "RayExecutor", "executor_for"]
+__all__ = ["Executor", "InlineExecutor", "OnReport", "RayExecutor", "executor_for", "pending"]
 
 OnReport = Callable[[Task, Report], None]
 """Called for every finished task; `on_tick` is called about once a second while tasks run."""
 
 MAX_DEATHS = 3
+"""So many workers may die of one task before it is given up."""
+
+MAX_LOST = 20
+"""So many tasks may be given up before the run is."""
+
 TICK_S = 1.0
+CLOSE_S = 10.0
 
 
 class Executor(Protocol):
@@ -66,6 +72,7 @@ class _Running:
     task: Task
     actor: Any
     started: float
+    is_overdue: bool = False
 
 
 @dataclass
@@ -85,7 +92,7 @@ class RayExecutor:
         # Imported here, because a run with `workers: 0` needs no Ray.
         from pipelines.cluster import ray, start_ray
 
-        start_ray(config)
+        self._started_ray = start_ray(config)
         self._ray = ray
         self._config = config
         self._deadline_s = deadline_s
@@ -94,27 +101,30 @@ class RayExecutor:
         self.num_workers = config.pools.extract.workers or config.workers
 
     def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:
-        """Do all tasks, each on the next free actor."""
-        self._fill(pool, len(tasks))
-        stage = _Stage(deque(tasks))
-        while stage.waiting or stage.running:
-            while stage.waiting and self._idle:
-                self._start(stage)
-            ready, _ = self._ray.wait(list(stage.running), timeout=TICK_S)
-            for reference in ready:
-                self._finish(reference, stage, on_report)
-            self._kill_stuck(stage)
-            on_tick()
+        """Do all tasks, each on the next free actor, the longest first so that none is left alone at the end."""
+        self._use(pool)
+        num_actors = pool.workers or self._config.workers
+        stage = _Stage(deque(sorted(tasks, key=lambda task: task.weight, reverse=True)))
+        try:
+            while stage.waiting or stage.running:
+                while stage.waiting and len(stage.running) < num_actors:
+                    self._start(stage)
+                ready, _ = self._ray.wait(list(stage.running), timeout=TICK_S)
+                for reference in ready:
+                    self._finish(reference, stage, on_report)
+                self._kill_overdue(stage)
+                on_tick()
+        finally:
+            for running in stage.running.values():
+                self._ray.kill(running.actor)
         if stage.lost:
             raise _lost_error(stage.lost)
 
-    def _fill(self, pool: Pool, num_tasks: int) -> None:
-        """Actors of this pool, as many as there is work for; those of another pool make room."""
+    def _use(self, pool: Pool) -> None:
+        """From now on, actors are those of this pool; idle ones of another make room."""
         if pool != self._pool:
             self._release()
             self._pool = pool
-        wanted = min(pool.workers or self._config.workers, num_tasks)
-        self._idle += [self._new_actor() for _ in range(wanted - len(self._idle))]
 
     def _new_actor(self) -> Any:
         from pipelines.cluster import new_worker
@@ -123,69 +133,72 @@ class RayExecutor:
         return new_worker(self._config.store, self._pool)
 
     def _release(self) -> None:
+        """End the idle actors, which first delete their temporary files."""
+        closing = [actor.close.remote() for actor in self._idle]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
         for actor in self._idle:
-            self._ray.get(actor.close.remote())
             self._ray.kill(actor)
         self._idle.clear()
 
     def _start(self, stage: _Stage) -> None:
-        task, actor = stage.waiting.popleft(), self._idle.pop()
+        task = stage.waiting.popleft()
+        actor = self._idle.pop() if self._idle else self._new_actor()
         stage.running[actor.do.remote(task)] = _Running(task, actor, time.monotonic())
 
     def _finish(self, reference: Any, stage: _Stage, on_report: OnReport) -> None:
         running = stage.running.pop(reference)
         try:
             report = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
-            self._bury(running.task, str(error), stage)
-            self._idle.append(self._new_actor())
-            return
         except self._ray.exceptions.RayTaskError as error:
-            for other in stage.running.values():
-                self._ray.kill(other.actor)
-            raise _own_error(error, running.task) from None
+            self._idle.append(running.actor)
+            # An error of ours says all; of any other one, Ray's message holds the worker's traceback.
+            raise (error.cause if isinstance(error.cause, CbirError) else error) from None
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(running.actor)
+            overdue = f"not done after {self._deadline_s:g} s, the worker was killed"
+            self._bury(running.task, overdue if running.is_overdue else str(error), stage)
+            return
         self._idle.append(running.actor)
         on_report(running.task, report)
 
     def _bury(self, task: Task, reason: str, stage: _Stage) -> None:
         stage.deaths[task.fingerprint] += 1
-        if stage.deaths[task.fingerprint] >= MAX_DEATHS:
-            stage.lost[f"{task.stage} {task.name}"] = reason
-        else:
+        if stage.deaths[task.fingerprint] < MAX_DEATHS:
             stage.waiting.append(task)
+            return
+        stage.lost[f"{task.stage} {task.name}"] = reason
+        if len(stage.lost) >= MAX_LOST:
+            raise _lost_error(stage.lost)
 
-    def _kill_stuck(self, stage: _Stage) -> None:
+    def _kill_overdue(self, stage: _Stage) -> None:
         for running in stage.running.values():
-            if time.monotonic() - running.started > self._deadline_s:
+            if time.monotonic() - running.started > self._deadline_s and not running.is_overdue:
+                running.is_overdue = True
                 self._ray.kill(running.actor)
 
     def close(self) -> None:
-        """End the actors, and the local cluster if this run started it."""
-        if self._config.ray is None:
+        """End the actors, and the connection to Ray or the local cluster if this run made it."""
+        self._release()
+        if self._started_ray:
             self._ray.shutdown()
-        else:
-            for actor in self._idle:
-                self._ray.kill(actor)
-
-
-def _own_error(error: Any, task: Task) -> Exception:
-    """An expected error as the worker raised it, with the name of the task; any other with the worker's traceback."""
-    if isinstance(error.cause, CbirError):
-        return type(error.cause)(f"{task.stage} {task.name}: {error.cause}")
-    unexpected: Exception = error
-    return unexpected
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
 
 
 def _lost_error(lost: dict[str, str]) -> DataError:
     lines = "\n".join(f"  {name}: {_last_line(reason)}" for name, reason in lost.items())
+    rest = (
+        "the run stops, because so many point to the machine (memory? the device?) rather than to a shard"
+        if len(lost) >= MAX_LOST
+        else "all others are done and are not repeated"
+    )
     return DataError(
-        f"{len(lost)} task(s) killed their worker {MAX_DEATHS} times; all others are done and are not repeated:\n"
+        f"{len(lost)} task(s) killed their worker {MAX_DEATHS} times; {rest}:\n"
         f"{lines}\nLook at these shards (memory? a hostile file?), remove or repair them, and run the command again."
     )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
 def executor_for(config: Config) -> Executor:

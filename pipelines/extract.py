@@ -44,6 +44,11 @@ class ExtractTask(Task):
         identity = fingerprint("extract", *made_of, source, shard.name, shard.fingerprint)
         return cls(f"{shard.name} [{work.name}]", identity, shard, work, config.limits, config.input, source)
 
+    @property
+    def weight(self) -> int:
+        """Bytes of images."""
+        return self.shard.num_bytes
+
     def run(self, worker: Worker) -> Done:
         """Read, decode, extract, write."""
         spec = self.work.channel.extractor

@@ -67,7 +67,7 @@ class EvaluateTask(Task):
     def accepted(self, store: Store, done: Done) -> Manifest:
         """The manifest with its quality; ArtifactError, and the candidate kept for inspection, if below the floor."""
         quality = dict(done.facts)
-        manifest = replace(self.manifest, quality=quality)
+        manifest = replace(self.manifest, quality=quality, work=(*self.manifest.work, self.prefix))
         below = _below_floor(parse_config(manifest.config, "the candidate"), quality)
         if below:
             key = f"candidates/{manifest.content}.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cbir.artifacts import Done, Lease, StoredFile, lease, sha256_of
+from cbir.artifacts import Done, StoredFile, find_done, lease, sha256_of
 from cbir.collection import ImageShard, list_shards
 from cbir.config import Config, Pool
 from cbir.errors import ArtifactError, CbirError, ConfigError, DataError
@@ -76,11 +76,11 @@ def index(config: Config, progress: Progress | None = None) -> Manifest:
     shards = plan(config)
     works = [_channel_work(store, config, name) for name in config.channels]
     progress.stage("workers", None)
-    with lease(store, "cbir index") as held, contextlib.closing(executor_for(config)) as executor:
-        run = _Run(config, store, executor, progress, held)
+    with lease(store, "cbir index"), contextlib.closing(executor_for(config)) as executor:
+        run = _Run(config, store, executor, progress)
         built = run.build(shards, works)
         candidate = run.evaluate(built)
-        progress.stage("publish", 1)
+        progress.stage("publish", None)
         return Versions(store).publish(candidate)
 
 
@@ -142,7 +142,6 @@ class _Run:
     store: Store
     executor: Executor
     progress: Progress
-    lease: Lease
 
     def build(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> _Built:
         """Every stage from `extract` to `merge`."""
@@ -158,8 +157,7 @@ class _Run:
             ]
             for work in works
         }
-        samples = self._samples(works, extracted)
-        trains = self._trains(works, samples)
+        trains = self._trains(works, extracted)
         builds = self._builds(works, extracted, trains)
         bounds = partition_bounds(self._num_partitions(works, extracted, builds))
         everything = [part for parts in extracted.values() for part in parts]
@@ -176,23 +174,27 @@ class _Run:
         records += merges.values()
         return _Built(layout, records, works, counts, builds, trains)
 
-    def _samples(
-        self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]
-    ) -> dict[str, list[Done]]:
-        sample = self.config.sample
-        tasks: dict[str, list[SampleTask]] = {}
-        for work in works:
-            images = sum(part.done.counts["indexed"] for part in extracted[work.name])
-            features = sum(part.done.counts["features"] for part in extracted[work.name])
-            share = min(1.0, sample.images / max(images, 1), sample.features / max(features, 1))
-            tasks[work.name] = [SampleTask.of(part.done, share, sample.seed) for part in extracted[work.name]]
-        return self._stage_by_channel("sample", tasks)
+    def _trains(self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]) -> dict[str, Done]:
+        """Trained channels; a sample is drawn only for those that are not trained yet."""
+        config = self.config
+        drawn = {work.name: self._sample_tasks(extracted[work.name]) for work in works}
 
-    def _trains(self, works: Sequence[ChannelWork], samples: Mapping[str, Sequence[Done]]) -> dict[str, Done]:
-        seed, probes = self.config.sample.seed, self.config.evaluate.probes
-        tasks = [TrainTask.of(work, samples[work.name], seed, probes) for work in works]
-        dones = self._stage("train", tasks, self.config.pools.build)
+        def task(work: ChannelWork, samples: Sequence[Done]) -> TrainTask:
+            return TrainTask.of(work, drawn[work.name], samples, config.sample.seed, config.evaluate.probes)
+
+        untrained = [work.name for work in works if find_done(self.store, "train", task(work, ()).fingerprint) is None]
+        samples = self._stage_by_channel("sample", {name: drawn[name] for name in untrained})
+        tasks = [task(work, samples.get(work.name, ())) for work in works]
+        dones = self._stage("train", tasks, config.pools.build)
         return {work.name: done for work, done in zip(works, dones, strict=True)}
+
+    def _sample_tasks(self, extracted: Sequence[Extracted]) -> list[SampleTask]:
+        """A share of images that is within both limits, of every shard."""
+        sample = self.config.sample
+        images = sum(part.done.counts["indexed"] for part in extracted)
+        features = sum(part.done.counts["features"] for part in extracted)
+        share = min(1.0, sample.images / max(images, 1), sample.features / max(features, 1))
+        return [SampleTask.of(part.done, share, sample.seed) for part in extracted]
 
     def _builds(
         self,
@@ -260,12 +262,8 @@ class _Run:
 
         missing = list(pending(self.store, tasks, lambda task, report: on_report(task, report, reused=True)))
         distinct = list({task.fingerprint: task for task in missing}.values())
-        self.executor.run(distinct, pool, on_report, self._tick)
+        self.executor.run(distinct, pool, on_report, self.progress.tick)
         return [found[task.fingerprint] for task in tasks]
-
-    def _tick(self) -> None:
-        self.lease.renew()
-        self.progress.tick()
 
     def _check_quarantine(self, dones: Sequence[Done], least: int = 200) -> None:
         """Stop a run that loses too many images, once it has seen enough of them to know."""

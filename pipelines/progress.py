@@ -1,7 +1,9 @@
 """What a run shows while it runs: a live table on a terminal, one line every ten seconds elsewhere."""
 
+import threading
 import time
 from dataclasses import dataclass, field
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -12,6 +14,7 @@ from pipelines.work import PHASES, Report, Task
 __all__ = ["RunProgress", "StageFigures"]
 
 LINE_EVERY_S = 10.0
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass
@@ -31,7 +34,7 @@ class StageFigures:
     @property
     def wall_s(self) -> float:
         """Seconds since it began, or that it took."""
-        return (self.ended or time.monotonic()) - self.started
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
 
     @property
     def images_per_s(self) -> float:
@@ -40,9 +43,9 @@ class StageFigures:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the end at the speed so far; None before the first task has ended."""
+        """Seconds to the end at the speed so far; None before the first task has ended, and after the last."""
         worked = self.done - self.reused
-        if self.num_tasks is None or not worked:
+        if self.num_tasks is None or not worked or self.ended is not None:
             return None
         return self.wall_s / worked * (self.num_tasks - self.done)
 
@@ -65,67 +68,75 @@ class StageFigures:
 
 
 class RunProgress:
-    """Shows the stages of a run on a console; use it as a context manager."""
+    """Shows the stages of a run on a console; use it as a context manager.
+
+    A thread of its own keeps the figures moving while the run lists, or works on a long task in this process.
+    """
 
     def __init__(self, console: Console) -> None:
         self.stages: list[StageFigures] = []
         self._console = console
         self._live: Live | None = None
-        self._last_line = 0.0
+        self._lines = threading.Lock()
+        self._last_line = time.monotonic()
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._look_again_and_again, name="cbir progress", daemon=True)
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live = Live(self._table(), console=self._console, refresh_per_second=4, transient=False)
+            self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=4)
             self._live.start()
+        else:
+            self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end_stage()
+        self._ended.set()
         if self._live is not None:
-            self._live.update(self._table(), refresh=True)
             self._live.stop()
 
     def stage(self, name: str, num_tasks: int | None) -> None:
         """A stage begins, and the one before it has ended."""
         self._end_stage()
         self.stages.append(StageFigures(name, num_tasks))
-        self._last_line = time.monotonic()
-        self.tick()
 
     def report(self, task: Task, report: Report, *, reused: bool) -> None:  # noqa: ARG002
         """A task has ended, or was found done."""
         self.stages[-1].add(report, reused=reused)
-        self.tick()
 
     def tick(self) -> None:
-        """Refresh the table, or print a line if ten seconds have passed."""
-        if self._live is not None:
-            self._live.update(self._table())
-        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
-            self._print_line()
+        """Print a line if ten seconds have passed; the table refreshes itself."""
+        with self._lines:
+            if self._live is None and self.stages and time.monotonic() - self._last_line >= LINE_EVERY_S:
+                self._print_line()
 
     def say(self, text: str) -> None:
         """Print a line above the table."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def _look_again_and_again(self) -> None:
+        while not self._ended.wait(_LOOK_EVERY_S):
+            self.tick()
 
     def _end_stage(self) -> None:
-        if self.stages and self.stages[-1].ended is None:
-            self.stages[-1].ended = time.monotonic()
-            if self._live is None:
-                self._print_line()
+        with self._lines:
+            if self.stages and self.stages[-1].ended is None:
+                self.stages[-1].ended = time.monotonic()
+                if self._live is None:
+                    self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
         cells = _cells(self.stages[-1])
         named = zip(_COLUMNS[1:], cells[1:], strict=True)
-        text = f"{cells[0]:<9} " + "  ".join(f"{name} {cell}" for name, cell in named if cell)
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self.say(f"{cells[0]:<9} " + "  ".join(f"{name} {cell}" for name, cell in named if cell))
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for number, column in enumerate(_COLUMNS):
             table.add_column(column, justify="left" if number in (0, len(_COLUMNS) - 1) else "right", no_wrap=True)
-        for stage in self.stages:
+        for stage in list(self.stages):
             table.add_row(*_cells(stage), style="bold" if stage.ended is None else "")
         return table
 
@@ -134,24 +145,22 @@ _COLUMNS = ("stage", "tasks", "reused", "images", "images/s", "quarantined", "ti
 
 
 def _cells(stage: StageFigures) -> list[str]:
-    total = "" if stage.num_tasks is None else f"{stage.done}/{stage.num_tasks}"
-    eta = stage.eta_s if stage.ended is None else None
-    shares = " ".join(f"{phase} {share:.0%}" for phase, share in stage.shares.items() if share >= 0.005)
+    eta = stage.eta_s
     return [
         stage.name,
-        total,
-        str(stage.reused or ""),
+        "" if stage.num_tasks is None else f"{stage.done:,}/{stage.num_tasks:,}",
+        f"{stage.reused:,}" if stage.reused else "",
         f"{stage.images:,}" if stage.images else "",
         f"{stage.images_per_s:,.1f}" if stage.images else "",
         f"{stage.quarantined:,}" if stage.quarantined else "",
         _duration(stage.wall_s),
-        _duration(eta) if eta is not None else "",
-        shares,
+        "" if eta is None else _duration(eta),
+        " ".join(f"{phase} {share:.0%}" for phase, share in stage.shares.items() if share >= 0.005),
     ]
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -4,7 +4,6 @@ import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -32,14 +31,18 @@ THUMBNAIL_PX = 320
 EXAMPLES = 5
 
 
-def ledger(store: Store, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
-    """The quarantine ledger of a version: its rows by reason."""
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def ledger(store: Store, manifest: Manifest) -> list[QuarantineRow]:
+    """The quarantine of a version by reason: how many images, and the first keys of each."""
+    keys: dict[str, int] = defaultdict(int)
+    examples: dict[str, list[str]] = defaultdict(list)
     for part in Layout.from_json(manifest.layout).partitions:
         with store.open(part.quarantine) as file:
-            for row in pq.read_table(file).to_pylist():
-                rows[row["reason"]].append(row)
-    return dict(rows)
+            rows = pq.read_table(file, columns=["reason", "key"])
+        # An image that several channels could not use has a row for each.
+        for row in rows.group_by("reason").aggregate([("key", "count_distinct"), ("key", "distinct")]).to_pylist():
+            keys[row["reason"]] += row["key_count_distinct"]
+            examples[row["reason"]] = sorted([*examples[row["reason"]], *row["key_distinct"]])[:EXAMPLES]
+    return [QuarantineRow(reason, keys[reason], examples[reason]) for reason in sorted(keys)]
 
 
 def write_evaluation(
@@ -54,10 +57,7 @@ def write_evaluation(
         configuration=yaml.safe_dump(dict(manifest.config), sort_keys=False),
         counts=_counts(manifest),
         stages=[_stage_row(stage) for stage in stages],
-        quarantine=[
-            QuarantineRow(reason, len({row["key"] for row in rows}), sorted({row["key"] for row in rows})[:EXAMPLES])
-            for reason, rows in sorted(ledger(store, manifest).items())
-        ],
+        quarantine=ledger(store, manifest),
         quality=judged.quality if judged else None,
         ann_recall=_ann_recall(manifest),
         search=_search_figures(manifest, judged) if judged else None,
@@ -139,8 +139,9 @@ def thumbnail(picture: bytes, searcher: Searcher, box: Box | None = None, size: 
 
 def write_search(path: Path, searcher: Searcher, picture: bytes, answer: Answer, box: Box | None, name: str) -> None:
     """Write the page of the first query of an answer, with verified matches as lines where a reranker has them."""
-    decoded = decode(picture, View(size=1024), searcher.config.limits)
+    decoded, jpeg = decode(picture, View(size=64), searcher.config.limits), thumbnail(picture, searcher, size=640)
     assert not isinstance(decoded, BadImage), "the query was searched, so it can be decoded"
+    assert jpeg is not None
     height, width = decoded.size
     rows = [
         SearchRow(
@@ -152,8 +153,6 @@ def write_search(path: Path, searcher: Searcher, picture: bytes, answer: Answer,
         )
         for result in answer.results(0)
     ]
-    jpeg = thumbnail(picture, searcher, size=640)
-    assert jpeg is not None
     shares = (box[0] / width, box[1] / height, box[2] / width, box[3] / height) if box else None
     manifest = searcher.manifest
     details = {
@@ -175,5 +174,6 @@ def _matches(
     if not len(points):
         return None
     if box is not None:
-        points = points + np.array([max(box[0], 0), max(box[1], 0), 0, 0], np.float32)
+        # The query's features were found in the cropped picture; the page shows the whole.
+        points = points + np.array([max(round(box[0]), 0), max(round(box[1]), 0), 0, 0], np.float32)
     return Matches(points, query_size, size)

@@ -1,19 +1,20 @@
 """The stages after `extract`: sample, train, build, catalog and merge, each a task over plain files of the store."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-from cbir.index.dense import exact_search
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from cbir.artifacts import Done, StoredFile
+from cbir.artifacts import Done, StoredFile, read_part
 from cbir.collection import Place
 from cbir.encoding.encoder import Encoder
 from cbir.errors import DataError
+from cbir.index.dense import exact_search
 from cbir.index.index import Index
 from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
 from cbir.search import encode_all
@@ -59,9 +60,13 @@ class SampleTask(Task):
         return cls("sample", fingerprint("sample", features.fingerprint, share, seed), features, share, seed)
 
     def run(self, worker: Worker) -> Done:
-        """Read the ids, then only the row groups that hold a chosen image."""
+        """Read the ids, then only the row groups with a chosen image; the sample of all is the features' own file."""
+        features = self.features.file("features")
+        if self.share >= 1.0:
+            counts = {"images": self.features.counts["indexed"], "features": self.features.counts["features"]}
+            return self.finish(worker, [replace(features, role="sample")], counts)
         with worker.timer.phase("read"):
-            parts = [batch for batch in self._chosen(worker) if len(batch)]
+            parts = list(self._chosen(worker, features))
         path = worker.scratch("sample.parquet")
         sample = FeatureBatch.concatenate(parts) if parts else None
         table = pa.Table.from_batches([sample.to_arrow()]) if sample else FEATURES_SCHEMA.empty_table()
@@ -69,8 +74,8 @@ class SampleTask(Task):
         counts = {"images": len(sample) if sample else 0, "features": len(sample.descriptors) if sample else 0}
         return self.finish(worker, [self.put(worker, "sample", path, "parquet")], counts)
 
-    def _chosen(self, worker: Worker) -> Iterator[FeatureBatch]:
-        parquet = open_parquet(worker.store, self.features.file("features"))
+    def _chosen(self, worker: Worker, features: StoredFile) -> Iterator[FeatureBatch]:
+        parquet = open_parquet(worker.store, features)
         for group in range(parquet.num_row_groups):
             ids = parquet.read_row_group(group, columns=["image_id"]).column("image_id").to_numpy()
             chosen = np.flatnonzero(seeded_uniform(ids, self.seed) < self.share)
@@ -90,10 +95,12 @@ class TrainTask(Task):
     probes: int
 
     @classmethod
-    def of(cls, work: ChannelWork, samples: Sequence[Done], seed: int, probes: int) -> "TrainTask":
-        """The task of one channel."""
-        made_of = sorted(done.fingerprint for done in samples)
-        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, made_of)
+    def of(
+        cls, work: ChannelWork, made_of: Sequence[SampleTask], samples: Sequence[Done], seed: int, probes: int
+    ) -> "TrainTask":
+        """The task of one channel; its fingerprint is known before the samples are, which a finished task needs not."""
+        sources = sorted(task.fingerprint for task in made_of)
+        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, sources)
         return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes)
 
     def run(self, worker: Worker) -> Done:
@@ -101,19 +108,25 @@ class TrainTask(Task):
         with worker.timer.phase("read"):
             sample = self._sample(worker)
         counts = {"images": len(sample), "features": len(sample.descriptors)}
-        files = []
-        with worker.timer.phase("device"):
-            for position, spec in enumerate(self.work.channel.encoders):
-                encoder = spec.fit(sample, self.seed)
-                sample = encoder.encode(sample)
-                files.append(self._put_state(worker, f"encoder-{position}", encoder))
-            index = self.work.channel.index.train(sample, self.seed)
-        files.append(self._put_state(worker, "index", index))
         chosen = np.sort(np.argsort(seeded_uniform(sample.image_ids, self.seed + 1), kind="stable")[: self.probes])
+        probes = sample.take(chosen)
+        channel, files = self.work.channel, []
+        trained = [*(spec.trained for spec in channel.encoders), channel.index.trained]
+        with worker.timer.phase("device"):
+            for position, spec in enumerate(channel.encoders):
+                with _at(f"channels.{self.work.name}.encoders.{position}"):
+                    encoder = spec.fit(sample, self.seed)
+                probes = encoder.encode(probes)
+                # Where nothing after it looks at the sample, the sample need not be encoded any further.
+                sample = encoder.encode(sample) if any(trained[position + 1 :]) else probes
+                files.append(self._put_state(worker, f"encoder-{position}", encoder))
+            with _at(f"channels.{self.work.name}.index"):
+                index = channel.index.train(sample, self.seed)
+        files.append(self._put_state(worker, "index", index))
         path = worker.scratch("probes.parquet")
-        write_parquet(path, pa.Table.from_batches([sample.take(chosen).to_arrow()]))
+        write_parquet(path, pa.Table.from_batches([probes.to_arrow()]))
         files.append(self.put(worker, "probes", path, "parquet"))
-        return self.finish(worker, files, counts, {"dim": int(sample.descriptors.shape[1])})
+        return self.finish(worker, files, counts, {"dim": int(probes.descriptors.shape[1])})
 
     def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
         arrays = {name: np.ascontiguousarray(array) for name, array in trained.state().items()}
@@ -126,9 +139,19 @@ class TrainTask(Task):
                 f"channel {self.work.name!r} has no image to train on: every image was quarantined "
                 "(see quarantine.parquet) or the sample is too small (sample.images)"
             )
-        tables = [open_parquet(worker.store, done.file("sample")).read() for done in found]
+        files = [open_parquet(worker.store, done.file("sample")) for done in found]
+        tables = (file.read(columns=FEATURES_SCHEMA.names) for file in files)
         sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
         return sample.take(np.argsort(sample.image_ids, kind="stable"))
+
+
+@contextlib.contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Name the place in the YAML whose method cannot be trained."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,7 @@ class Trained:
 
         def state(role: str) -> dict[str, Any]:
             file = train.file(role)
-            return load_safetensors(worker.store.read(file.key, sha256=file.sha256))
+            return load_safetensors(read_part(worker.store, file))
 
         channel = work.channel
         encoders = [spec.restore(state(f"encoder-{number}")) for number, spec in enumerate(channel.encoders)]
@@ -167,6 +190,11 @@ class BuildTask(Task):
         """The task of one shard."""
         identity = fingerprint("build", features.fingerprint, train.fingerprint)
         return cls(f"entries [{work.name}]", identity, work, features, train)
+
+    @property
+    def weight(self) -> int:
+        """Features to encode."""
+        return self.features.counts["features"]
 
     def run(self, worker: Worker) -> Done:
         """Stream the features through the encoders."""
@@ -210,6 +238,8 @@ def _hits_table(hits: Hits) -> pa.Table:
 
 def probe_hits(worker: Worker, builds: Sequence[Done], num_probes: int) -> Hits:
     """The exact neighbours of the probes over all shards, from what every `build` found in its own."""
+    if not num_probes:
+        return _NO_HITS
     parts = []
     for build in builds:
         table = open_parquet(worker.store, build.file("probe_hits")).read()
@@ -338,15 +368,18 @@ class MergeTask(Task):
         return self.finish(worker, files, counts)
 
     def _put_features(self, worker: Worker, files: list[StoredFile]) -> int:
-        columns = FEATURES_SCHEMA.names
-        tables = [
-            read_range(worker.store, done.file("features"), self.low, self.high, columns) for done in self.features
-        ]
-        merged = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
+        with worker.timer.phase("read"):
+            merged = self._merged_features(worker)
         order = np.argsort(merged.image_ids, kind="stable")
         step = 256
         batches = (merged.take(order[start : start + step]) for start in range(0, len(order), step))
         path = worker.scratch("features.arrow")
-        images = FeatureFile.write(path, batches, merged.take(order[:0]))
+        with worker.timer.phase("write"):
+            images = FeatureFile.write(path, batches, merged.take(order[:0]))
         files.append(self.put(worker, "features", path, "arrow"))
         return images
+
+    def _merged_features(self, worker: Worker) -> FeatureBatch:
+        files = [done.file("features") for done in self.features]
+        tables = (read_range(worker.store, file, self.low, self.high, FEATURES_SCHEMA.names) for file in files)
+        return FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])

@@ -1,7 +1,7 @@
 """The Parquet files between stages: features, quarantine, entries and samples, every one sorted by image id.
 
-Sorted files let a reader of an id range (a partition) skip the row groups of the others, so that a merge over
-partitions reads every byte about once however many partitions there are.
+Sorted files let a reader of an id range (a partition) skip the row groups that lie outside of it: with no more
+partitions than row groups in a shard, a merge over all partitions reads every byte about once.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cbir.artifacts import Done, StoredFile
+from cbir.artifacts import Done, StoredFile, read_part
 from cbir.layout import IDS_SCHEMA
 from cbir.storage import Store
 from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s
@@ -51,8 +51,9 @@ _WHOLE_FILE_BYTES = 64 << 20
 
 
 def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer of compressed pages with checksums."""
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+    """A writer of compressed pages with checksums; only text has a dictionary, which is no use to ids and vectors."""
+    text = [field.name for field in schema if pa.types.is_string(field.type)]
+    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=text, write_page_checksum=True)
 
 
 def write_parquet(path: Path, table: pa.Table, row_bytes: int = 64) -> None:
@@ -74,7 +75,7 @@ class ShardWriter:
         self._sink = pa.OSFile(str(scratch), "wb")
         self._writer: pa.RecordBatchFileWriter | None = None
         self._rows: list[dict[str, Any]] = []
-        self._empty: FeatureBatch | None = None
+        self._num_bytes = 0
 
     def add(self, batch: FeatureBatch, rows: list[dict[str, Any]]) -> None:
         """Append a batch and its rows of the id map."""
@@ -83,6 +84,7 @@ class ShardWriter:
             self._writer = pa.ipc.new_file(self._sink, record.schema)
         self._writer.write_batch(record)
         self._rows += rows
+        self._num_bytes += batch.descriptors.nbytes + batch.geometry.nbytes
 
     def finish(self, target: Path, empty: FeatureBatch) -> pa.Table:
         """Write the sorted Parquet file; `empty` gives dtype and widths if nothing was added. Returns the id rows."""
@@ -96,7 +98,7 @@ class ShardWriter:
         features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
         schema = pa.schema([*IDS_SCHEMA, *list(FEATURES_SCHEMA)[1:]], metadata=features.schema.metadata)
         images = max(1, ids.num_rows)
-        step = max(1, min(_ROW_GROUP_BYTES // max(features.nbytes // images, 1), images))
+        step = max(1, min(_ROW_GROUP_BYTES // max(self._num_bytes // images, 1), images))
         with parquet_writer(target, schema) as writer:
             for start in range(0, images, step):
                 some = order.slice(start, step)
@@ -112,12 +114,10 @@ def open_parquet(store: Store, file: StoredFile) -> pq.ParquetFile:
     A small file is read whole and checked against its sha256; of a large one only the wanted pages are read, and each
     is checked against the checksum in its header.
     """
-    local = store.local_path(file.key)
-    if local is not None:
-        return pq.ParquetFile(local, page_checksum_verification=True)
     if file.num_bytes <= _WHOLE_FILE_BYTES:
-        return pq.ParquetFile(pa.BufferReader(store.read(file.key, sha256=file.sha256)))
-    return pq.ParquetFile(store.open(file.key), page_checksum_verification=True)
+        return pq.ParquetFile(pa.BufferReader(read_part(store, file)))
+    source = store.local_path(file.key) or store.open(file.key)
+    return pq.ParquetFile(source, page_checksum_verification=True)
 
 
 def read_features(store: Store, done: Done) -> Iterator[FeatureBatch]:
@@ -138,5 +138,7 @@ def read_range(store: Store, file: StoredFile, low: int, high: int, columns: lis
             groups.append(group)
     table = parquet.read_row_groups(groups, columns=columns)
     ids: Int64s = table.column("image_id").to_numpy()
-    first, last = np.searchsorted(ids, [low, min(high, (1 << 63) - 1)])
-    return table.slice(first, (len(ids) if high > (1 << 63) - 1 else last) - first)
+    first, last = np.searchsorted(ids, low), np.searchsorted(ids, high - 1, side="right")
+    if last - first == len(ids):
+        return table
+    return table.take(np.arange(first, last))  # a slice would hold all of its row groups in memory

@@ -6,6 +6,7 @@ outputs and a DONE record in the store. Pixels and descriptors never travel betw
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -16,9 +17,10 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from cbir.artifacts import Done, StoredFile, create_done, find_done, put_part, stage_prefix
 from cbir.config import Channel
+from cbir.errors import CbirError, StorageError
 from cbir.features.extractor import Extractor, ExtractorSpec
 from cbir.images import Decoder, Limits, View
-from cbir.storage import Store, open_store
+from cbir.storage import DISK_FULL, Store, open_store
 
 __all__ = ["Asset", "Report", "Task", "Timer", "Worker", "limit_threads"]
 
@@ -75,9 +77,19 @@ class Worker:
         self._decoders: dict[tuple[View, Limits], Decoder] = {}
 
     def do(self, task: "Task") -> Report:
-        """Do a task, unless its record says that it is done."""
+        """Do a task, unless its record says that it is done; an expected error comes with the name of the task."""
         self.timer, start = Timer(), time.perf_counter()
-        done = find_done(self.store, task.stage, task.fingerprint) or task.run(self)
+        try:
+            done = find_done(self.store, task.stage, task.fingerprint) or task.run(self)
+        except CbirError as error:
+            raise type(error)(f"{task.stage} {task.name}: {error}") from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise StorageError(
+                f"{task.stage} {task.name}: no space is left for temporary files in {self._scratch.name} "
+                f"({os.strerror(error.errno)}); free some, or set TMPDIR to a larger folder, and run again"
+            ) from error
         return Report(done, self.timer.seconds, time.perf_counter() - start)
 
     def extractor(self, spec: ExtractorSpec, assets: Mapping[str, Asset]) -> Extractor:
@@ -138,6 +150,11 @@ class Task(ABC):
         """Do it and commit its record."""
 
     @property
+    def weight(self) -> int:
+        """How long it takes beside the other tasks of its stage, in any unit; the longest are begun first."""
+        return 0
+
+    @property
     def prefix(self) -> str:
         """Where its outputs lie."""
         return stage_prefix(self.stage, self.fingerprint)
@@ -189,6 +206,7 @@ def limit_threads() -> None:
 
     cv2.setNumThreads(1)
     faiss.omp_set_num_threads(1)
-    import torch
+    if "torch" in sys.modules:  # else it will read the environment, if it is needed at all; importing it takes a second
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)

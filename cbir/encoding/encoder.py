@@ -32,6 +32,10 @@ class EncoderSpec(Method):
         """Whether a sample is needed."""
         return False
 
+    def output_dim(self, dim: int) -> int:
+        """D of what it makes of descriptors with D = `dim`; the same unless the encoder says otherwise."""
+        return dim
+
     def fit(self, sample: FeatureBatch, seed: int) -> Encoder:
         """Train on the sample; the same sample and seed give the same bytes. DataError if the sample is too small."""
         raise NotImplementedError

@@ -36,6 +36,10 @@ class Pca(EncoderSpec):
         """Mean and components are."""
         return True
 
+    def output_dim(self, dim: int) -> int:  # noqa: ARG002 - that of its settings
+        """The number of components."""
+        return self.dim
+
     def fit(self, sample: FeatureBatch, seed: int) -> "PcaEncoder":  # noqa: ARG002 - nothing is random here
         """Mean and components of the sample's rows; DataError if these are too few, not finite or all equal."""
         rows = sample.descriptors

@@ -36,6 +36,10 @@ class Vlad(EncoderSpec):
         """The codebook is."""
         return True
 
+    def output_dim(self, dim: int) -> int:
+        """W times D."""
+        return self.words * dim
+
     def fit(self, sample: FeatureBatch, seed: int) -> "VladEncoder":
         """Train the codebook; another order of the sample's images may give another one. DataError if too few rows."""
         return VladEncoder(self, Codebook.train(sample.descriptors, self.words, self.iterations, seed))

@@ -42,6 +42,11 @@ class Flat(IndexSpec):
 
     metric: Metric = Field(default="ip", description="ip: inner product; l2: Euclidean distance")
 
+    @property
+    def trained(self) -> bool:
+        """Only D matters."""
+        return False
+
     def train(self, sample: FeatureBatch, seed: int) -> "FlatIndex":  # noqa: ARG002 - nothing is random here
         """Take note of D."""
         return FlatIndex(self, sample.descriptors.shape[1])

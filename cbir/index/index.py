@@ -54,6 +54,11 @@ class IndexSpec(Method):
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether `train` looks at more of the sample than its D."""
+        return True
+
     def train(self, sample: FeatureBatch, seed: int) -> Index:
         """Train on encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""
         raise NotImplementedError

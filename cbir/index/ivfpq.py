@@ -72,7 +72,7 @@ class IvfPq(IndexSpec):
         """Rotation, lists and code book of the sample's rows; DataError if these are too few or do not fit."""
         rows = float_rows(sample)
         self._check_dim(rows.shape[1])
-        lists = self.lists or _choose_lists(len(rows))
+        lists = self.lists or choose_lists(len(rows))
         self._check_size(len(rows), lists)
         rotation = self._train_rotation(rows, seed) if self.opq else None
         rotated = rows if rotation is None else ReproducibleProduct(rotation)(rows).astype(np.float32)
@@ -92,15 +92,15 @@ class IvfPq(IndexSpec):
 
     def _check_size(self, found: int, lists: int) -> None:
         words = 2**self.bits
-        if found < lists:
-            raise DataError(
-                f"lists: {lists} lists need a sample of at least {lists} vectors, found {found}; "
-                "set fewer lists, take a larger sample, or use the index flat"
-            )
         if found < words:
             raise DataError(
                 f"bits: {self.bits} bits need a sample of at least {words} vectors, found {found}; "
                 "set fewer bits (4 need 16 vectors), take a larger sample, or use the index flat"
+            )
+        if found < lists:
+            raise DataError(
+                f"lists: {lists} lists need a sample of at least {lists} vectors, found {found}; "
+                "set fewer lists, take a larger sample, or use the index flat"
             )
 
     def _train_rotation(self, rows: Floats, seed: int) -> Floats:
@@ -142,7 +142,7 @@ class IvfPq(IndexSpec):
         return (self.bytes * self.bits + 7) // 8 + 8
 
 
-def _choose_lists(num_vectors: int) -> int:
+def choose_lists(num_vectors: int) -> int:
     """The power of two nearest to 4 sqrt(n), at most n / 39, at least 1."""
     most = max(1, num_vectors // _POINTS_PER_LIST)
     return int(min(2 ** round(math.log2(4 * math.sqrt(max(1, num_vectors)))), 2 ** int(math.log2(most))))

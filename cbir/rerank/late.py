@@ -1,6 +1,6 @@
 """Late fusion: the rankings of several channels become one by their scores."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -27,6 +27,11 @@ class Late(FusionSpec):
 
     weights: dict[str, PositiveFloat] = Field(default={}, description="per channel; 1 for a channel that is not named")
     norm: Literal["none", "minmax", "zscore"] = Field(default="minmax", description="what makes scores comparable")
+
+    @property
+    def channels(self) -> Collection[str]:
+        """Those with a weight of their own."""
+        return self.weights.keys()
 
     def build(self) -> "LateFusion":
         """The working fusion."""

@@ -1,6 +1,6 @@
 """The roles that come after the index: fusion of channels and re-ranking of hits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Protocol
 
 from cbir.spec import Method
@@ -41,6 +41,11 @@ class FusionSpec(Method):
     """Configuration of a fusion."""
 
     role: ClassVar[str] = "fusion"
+
+    @property
+    def channels(self) -> Collection[str]:
+        """The channels that it names; each must exist."""
+        return ()
 
     def build(self) -> Fusion:
         """The working fusion."""

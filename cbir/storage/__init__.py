@@ -8,11 +8,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cbir.errors import ConfigError
+from cbir.storage.disk import DISK_FULL
 from cbir.storage.local import LocalStore
 from cbir.storage.retry import S3Settings
 from cbir.storage.store import ObjectInfo, Store
 
-__all__ = ["ObjectInfo", "S3Settings", "Store", "open_store"]
+__all__ = ["DISK_FULL", "ObjectInfo", "S3Settings", "Store", "open_store"]
 
 
 def open_store(uri: str, settings: S3Settings | None = None) -> Store:

@@ -10,12 +10,12 @@ from typing import BinaryIO
 
 from cbir.errors import ObjectMissing, StorageError
 
-__all__ = ["HIDDEN", "disk_errors", "staged", "sync_folder"]
+__all__ = ["DISK_FULL", "HIDDEN", "disk_errors", "staged", "sync_folder"]
 
 HIDDEN = ".cbir-"
 """The names that begin so are the store's own: temporary files, locks and probes."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISSING = {errno.ENOENT, errno.EISDIR}
 _BLOCKED = {errno.ENOTDIR, errno.EEXIST}
@@ -34,7 +34,7 @@ def _explained(error: OSError, place: str) -> StorageError:
     reason = error.strerror or str(error)
     if error.errno in _MISSING:
         return ObjectMissing(f"{place}: no such object")
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         return StorageError(f"{place}: no space is left ({reason}); free some or choose another folder, and run again")
     if error.errno in _FORBIDDEN:
         return StorageError(f"{place}: not permitted ({reason}); see its owner and mode (we are user {os.getuid()})")

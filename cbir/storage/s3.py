@@ -4,7 +4,9 @@ Every request has stated time-outs and is tried again by our own loop: boto3's d
 or is damaged on the way, and a hidden retry of a conditional write is refused because of its own first attempt.
 """
 
+import hashlib
 import io
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ T = TypeVar("T")
 _CONNECTIONS = 32
 _BUFFER_BYTES = 256 << 10
 _STREAMED_BYTES = 256 << 10
+_TRANSFERS = 3  # a byte that was flipped on the way is right the next time
 
 
 class S3Store(Store):
@@ -39,6 +42,9 @@ class S3Store(Store):
     Endpoint, region and credentials are those of boto3 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). The tag
     of an object is its ETag without quotes. `create` and `swap` are single PUTs; where their outcome is unknown (no
     answer, 5xx, a refusal that may be due to our own lost attempt), the object is read and its bytes decide.
+
+    The ETag of an object that was written in one part is mostly its MD5: where a server is seen to do so, whole objects
+    are compared with it, because neither HTTP nor boto3 notices a byte that was flipped on the way.
     """
 
     def __init__(self, uri: str, settings: S3Settings | None = None) -> None:
@@ -51,6 +57,7 @@ class S3Store(Store):
         self._client = _client(self.uri, self._settings)
         self._quoted = True
         self._bucket_seen = False
+        self._tags_are_md5: bool | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.uri, self._settings)
@@ -104,19 +111,43 @@ class S3Store(Store):
         return self._get(key)
 
     def _get(self, key: str, **extra: str) -> tuple[bytes, str]:
-        return self._call(key, partial(self._body, key, {**self._where(key), **extra}))
+        """The bytes that the request asks for and the ETag."""
+        digests: set[str] = set()
+        for _ in range(_TRANSFERS):
+            data, tag, md5 = self._call(key, partial(self._body, key, {**self._where(key), **extra}))
+            if self._is_unharmed(data, md5, digests):
+                return data, tag
+        raise StorageError(
+            f"{self.place(key)}: the bytes that arrive do not have the MD5 that the server announces as their ETag "
+            f"({tag}); see the network and the memory of the server, or use https"
+        )
 
-    def _body(self, key: str, request: dict[str, Any]) -> tuple[bytes, str]:
+    def _is_unharmed(self, data: bytes, md5: str | None, digests: set[str]) -> bool:
+        """Whether the bytes have this MD5, or it is no MD5 at all: seen where the same other bytes come twice."""
+        if md5 is None or self._tags_are_md5 is False:
+            return True
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if digest == md5:
+            self._tags_are_md5 = True
+        elif digest in digests and self._tags_are_md5 is None:
+            self._tags_are_md5 = False
+        digests.add(digest)
+        return digest == md5 or self._tags_are_md5 is False
+
+    def _body(self, key: str, request: dict[str, Any]) -> tuple[bytes, str, str | None]:
+        """The bytes, the ETag, and the MD5 of the bytes if the ETag can be that."""
         try:
             response = self._client.get_object(**request)
         except S3_ERRORS as error:
             if code(error) == "InvalidRange":
-                return b"", ""
+                return b"", "", None
             raise
         if "Range" in request and "ContentRange" not in response:
             raise StorageError(f"{self.place(key)}: the server ignores ranges of objects; use another")
+        tag = response["ETag"].strip('"')
         with response["Body"] as body:
-            return body.read(), response["ETag"].strip('"')  # read() raises if less arrives than was announced
+            data = body.read()  # raises if less arrives than was announced
+        return data, tag, tag if "Range" not in request and _may_be_md5(tag, response) else None
 
     def open(self, key: str) -> BinaryIO:
         """Ranged reads of the state that the object has now, with read-ahead; StorageError if it is replaced."""
@@ -238,6 +269,12 @@ def _new_client(
         response_checksum_validation="when_required",
     )
     return session.client("s3", config=config)
+
+
+def _may_be_md5(tag: str, response: Any) -> bool:
+    """Not for an object that was written in parts ("...-3") or is encrypted with a key of its owner."""
+    own_key = "SSECustomerAlgorithm" in response or "kms" in response.get("ServerSideEncryption", "")
+    return re.fullmatch("[0-9a-f]{32}", tag) is not None and not own_key
 
 
 def _condition(tag: str | None, quoted: bool) -> dict[str, str]:

@@ -93,7 +93,7 @@ def _answered(error: ClientError, place: str, endpoint: str) -> StorageError:
     said = f"{endpoint} answered {status} {name} ({message})"
     if name == "NoSuchBucket" or (error.operation_name == "HeadBucket" and status == 404):
         return StorageError(f"{place}: the bucket does not exist at {endpoint}; create it or correct the URI")
-    if name == "NoSuchKey" or (error.operation_name == "HeadObject" and status == 404):
+    if status == 404 and error.operation_name in ("HeadObject", "GetObject"):  # also where the body got lost
         return ObjectMissing(f"{place}: no such object")
     if name in _BAD_CREDENTIALS:
         return StorageError(f"{place}: {said}; the credentials are wrong or expired, see AWS_ACCESS_KEY_ID, "

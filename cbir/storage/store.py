@@ -161,5 +161,5 @@ class Store(ABC):
 def _damaged(place: str, expected: str, found: str) -> StorageError:
     return StorageError(
         f"{place}: the bytes have sha256 {found}, recorded is {expected}; the object was damaged or overwritten. "
-        "Delete it and run again, so that it is made anew"
+        "Delete it, and the DONE.json beside it if there is one, and run again, so that it is made anew"
     )

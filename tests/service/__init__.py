@@ -1,0 +1,5 @@
+"""Tests against real servers."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.service.runs")

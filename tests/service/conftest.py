@@ -15,7 +15,11 @@ from typing import Any
 import boto3
 import pytest
 
+from cbir.config import parse_config
+from cbir.storage import open_store
+from pipelines.indexing import index
 from tests.service.faults import FaultServer
+from tests.service.runs import stages_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 MOTO_PAGE = 10  # keys per page of a listing, so that small tests turn pages
@@ -65,18 +69,20 @@ def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """Point boto3, and the processes that the test starts, at an endpoint with the test servers' credentials."""
 
-    def use(endpoint: str) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "cbirkey")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "cbirsecret123")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
-        monkeypatch.delenv("AWS_PROFILE", raising=False)
-        monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    return functools.partial(point_at, monkeypatch, tmp_path)
 
-    return use
+
+def point_at(monkeypatch: pytest.MonkeyPatch, folder: Path, endpoint: str) -> None:
+    """Point the environment at an endpoint; `folder` has no AWS configuration."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "cbirkey")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "cbirsecret123")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "no-credentials"))
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
 
 
 @pytest.fixture
@@ -99,6 +105,38 @@ def faults(moto: str, moto_bucket: str, use_endpoint: Callable[[str], None]) -> 
     with FaultServer(moto) as server:
         use_endpoint(server.endpoint)
         yield server
+
+
+@pytest.fixture(scope="session")
+def small(pictures: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven pictures and a broken one."""
+    root = tmp_path_factory.mktemp("small")
+    for key in [*list(pictures)[:11], "broken/text.jpg"]:
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(pictures[key])
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_settings(settings: Callable[..., dict[str, Any]], small: Path) -> Callable[..., dict[str, Any]]:
+    """Plain settings of an index of the small collection, in three shards, in this store."""
+
+    def make(store: str, **changes: Any) -> dict[str, Any]:
+        return settings(
+            **{"images": str(small), "store": store, "input": {"shard_images": 10}, "sample": {"images": 10}, **changes}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    small_settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The bytes of all stages of the small collection after a run that nothing disturbs."""
+    uri = str(tmp_path_factory.mktemp("undisturbed"))
+    index(parse_config(small_settings(uri), "the reference"))
+    return stages_of(open_store(uri))
 
 
 def new_bucket() -> str:

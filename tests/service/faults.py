@@ -84,6 +84,11 @@ class FaultServer:
         with self._lock:
             self._faults.append(_Fault(kind, method, key, times, status, code or _CODES.get(status, "Unknown")))
 
+    def get_well(self) -> None:
+        """Let every request pass again."""
+        with self._lock:
+            self._faults.clear()
+
     def count(self, method: str, key: str) -> int:
         """How many requests of the method had a path that holds `key`."""
         return sum(found == method and key in path for found, path in self.requests)

@@ -98,7 +98,28 @@ def test_a_flipped_byte_is_seen_by_its_hash(store: Store, faults: FaultServer) -
     faults.plan("flip", method="GET", key="key", times=ALWAYS)
     with pytest.raises(StorageError, match=rf"{store.uri}/key: .*recorded is {SHA256}.* made anew"):
         store.read("key", sha256=SHA256)
-    assert store.read("key") != DATA, "without a hash nobody can see it"
+
+
+def test_a_flipped_byte_is_seen_by_the_etag(store: Store, faults: FaultServer) -> None:
+    store.write("key", DATA)
+    assert store.read("key") == DATA
+    faults.plan("flip", method="GET", key="key", times=2)
+    assert store.read("key") == DATA
+    faults.plan("flip", method="GET", key="key")
+    assert open_store(store.uri, IMPATIENT).read("key") == DATA, "also where it is the first answer of a server"
+    assert faults.hits == 3
+    faults.plan("flip", method="GET", key="key", times=ALWAYS)
+    with pytest.raises(StorageError, match=rf"{store.uri}/key: .*do not have the MD5.*https"):
+        store.read("key")
+
+
+def test_an_etag_that_is_no_md5_is_believed_after_a_second_look(store: Store, faults: FaultServer) -> None:
+    for key in ("one", "two"):
+        store.write(key, DATA)
+    faults.plan("flip", method="GET", times=ALWAYS)
+    flipped = store.read("one")
+    assert (flipped != DATA, faults.hits) == (True, 2)
+    assert (store.read("two"), faults.hits) == (flipped, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""Search in one process: queries, boxes, channels, partitions, and files that are not what they should be."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cbir
+from cbir.config import Config, parse_config
+from cbir.errors import ArtifactError, DataError, ObjectMissing, StorageError
+from cbir.search import LocalFiles, Partition, Searcher, open_version, searcher_of
+from cbir.storage import open_store
+from cbir.types import Hits, image_id
+from cbir.versions import Versions
+from pipelines.indexing import _Run, index
+
+QUERIES = ("object1/view0.jpg", "object4/view2.jpg", "object6/view3.jpg")
+TINY = {
+    "extractor": {"name": "deep", "backbone": "test_resnet", "weights": "none", "size": 64},
+    "index": {"name": "flat"},
+}
+
+
+@pytest.fixture(scope="module")
+def many(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two channels in more partitions than pictures, fused and re-ranked."""
+    channels = {"local": settings()["channels"]["local"], "whole": TINY}
+    search = {"depth": 30, "fuse": {"name": "late"}, "rerank": [{"name": "ransac", "channel": "local", "top": 10}]}
+    store = str(tmp_path_factory.mktemp("many") / "store")
+    config = parse_config(settings(store=store, channels=channels, search=search, evaluate={"probes": 0}), "the test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Run, "_num_partitions", lambda *_: 50)
+        index(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def one(many: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The same in one partition."""
+    config = many.model_copy(update={"store": str(tmp_path_factory.mktemp("one") / "store")})
+    index(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def searcher(many: Config) -> Searcher:
+    return cbir.open(many.store)
+
+
+def test_partitions_never_show_in_an_answer(one: Config, searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    whole = cbir.open(one.store)
+    assert (len(whole.partitions), len(searcher.partitions)) == (1, 50)
+    for key in QUERIES:
+        assert searcher.search(pictures[key], depth=30) == whole.search(pictures[key], depth=30)
+    assert searcher.keys() == whole.keys()
+
+
+def test_a_path_and_its_bytes_are_the_same_query(searcher: Searcher, folder: Path, pictures: dict[str, bytes]) -> None:
+    path = folder / "images" / QUERIES[0]
+    answers = [searcher.search(picture, depth=5) for picture in (path, str(path), pictures[QUERIES[0]])]
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(DataError, match=r"cannot read the query picture .*none.jpg: No such file"):
+        searcher.search(folder / "none.jpg")
+
+
+def test_queries_do_not_depend_on_their_batch(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    batch = searcher.answer([pictures[key] for key in QUERIES], depth=12)
+    for number, key in enumerate(QUERIES):
+        assert batch.results(number) == searcher.search(pictures[key], depth=12)
+
+
+def test_no_query_has_no_answer(searcher: Searcher) -> None:
+    answer = searcher.answer([], depth=5)
+    assert len(answer.hits) == 0
+    assert answer.records == {}
+
+
+def test_a_box_is_a_picture_of_its_part(searcher: Searcher, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    path = tmp_path / "whole.png"
+    whole = np.asarray(Image.open(io.BytesIO(pictures[QUERIES[1]])))
+    Image.fromarray(whole).save(path)
+    Image.fromarray(whole[10:130, 30:150]).save(tmp_path / "part.png")
+    boxed = searcher.search(path, depth=8, box=(30, 10, 120, 120))
+    assert boxed == searcher.search(tmp_path / "part.png", depth=8)
+    assert boxed != searcher.search(path, depth=8)
+    assert searcher.search(path, depth=8, box=(-50, -50, 1000, 1000)) == searcher.search(path, depth=8)
+
+
+@pytest.mark.parametrize("box", [(160, 0, 9, 9), (0, -20, 9, 9), (5, 5, 0, 9), (5, 5, -3, 9)])
+def test_a_box_outside_of_the_picture_is_refused(
+    searcher: Searcher, pictures: dict[str, bytes], box: tuple[float, float, float, float]
+) -> None:
+    with pytest.raises(DataError, match="lies outside the query picture of 160 x 160 pixels"):
+        searcher.search(pictures[QUERIES[1]], box=box)
+
+
+def test_results_tell_every_channel_and_the_size(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    answer = searcher.answer([pictures[QUERIES[2]]], depth=40)
+    results = answer.results(0)
+    assert answer.version == searcher.manifest.version == 1
+    assert results[0].key == QUERIES[2]
+    assert results[0].image_id == image_id(QUERIES[2])
+    assert set(results[0].channels) == {"local", "whole"}
+    assert {(result.height, result.width) for result in results} == {(160, 160)}
+    for name, hits in answer.by_channel.items():
+        found = dict(zip(hits.image_ids[0].tolist(), hits.scores[0].tolist(), strict=True))
+        assert all(
+            result.channels.get(name, found.get(result.image_id)) == found.get(result.image_id) for result in results
+        )
+    assert [result.score for result in results] == sorted((result.score for result in results), reverse=True)
+
+
+def test_more_results_than_images_are_all_images(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    results = searcher.search(pictures[QUERIES[0]], depth=1000)
+    assert len(results) == len({result.key for result in results}) == 40
+
+
+def test_features_of_images_of_several_partitions_come_in_order(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    keys = ["object7/view1.jpg", "object0/view0.jpg", "object3/view4.jpg", "object7/view1.jpg"]
+    batch = searcher.features("local", np.array([image_id(key) for key in keys]))
+    expected = searcher.encoder.extract([pictures[key] for key in keys], [None] * 4)["local"]
+    assert np.array_equal(batch.offsets, expected.offsets)
+    assert np.array_equal(batch.descriptors, expected.descriptors)
+    assert len(searcher.features("local", np.empty(0, np.int64))) == 0
+
+
+def test_an_image_that_is_not_in_the_id_map_is_named(searcher: Searcher) -> None:
+    with pytest.raises(ArtifactError, match="image id 12345 is in the index but not in its id map"):
+        searcher.picture(12345)
+
+
+def test_a_reranker_may_meet_an_image_without_local_features(many: Config, pictures: dict[str, bytes]) -> None:
+    """One channel indexed it, another had to quarantine it: it keeps its place behind the verified images."""
+    searcher = cbir.open(many.store)
+    own = image_id(QUERIES[0])
+    for part in searcher.partitions:
+        assert isinstance(part, Partition)
+        stored = part._features["local"]
+        keep = stored.image_ids != own
+        stored._table, stored.image_ids = stored._table.filter(keep), stored.image_ids[keep]
+    results = searcher.search(pictures[QUERIES[0]], depth=40)
+    scores = {result.image_id: result.score for result in results}
+    assert scores[own] < 1 <= results[0].score
+
+
+class TestOpening:
+    def test_a_store_without_a_version_says_what_to_do(self, tmp_path: Path) -> None:
+        with pytest.raises(ArtifactError, match="no published version; run `cbir index` first"):
+            cbir.open(str(tmp_path))
+
+    def test_a_missing_version_is_told_with_those_that_exist(self, many: Config) -> None:
+        with pytest.raises(ArtifactError, match="has no version 7; published are: 1"):
+            open_version(many.store, 7)
+
+    @pytest.mark.parametrize("damage", ["cut", "grown", "gone"])
+    @pytest.mark.parametrize("part", ["ids", "indexes", "features"])
+    def test_a_file_of_another_size_is_not_mapped(self, one: Config, tmp_path: Path, damage: str, part: str) -> None:
+        store = open_store(one.store)
+        manifest = Versions(store).load()
+        named = manifest.layout["partitions"][0][part]
+        path = Path(one.store) / (named if part == "ids" else named["local"])
+        good = path.read_bytes()
+        try:
+            if damage == "gone":
+                path.unlink()
+            else:
+                path.write_bytes(good[:-1] if damage == "cut" else good + b"x")
+            error = ObjectMissing if damage == "gone" else ArtifactError
+            with pytest.raises(
+                error, match="no such object" if damage == "gone" else rf"has \d+ bytes, its record says {len(good)}"
+            ):
+                searcher_of(store, manifest)
+        finally:
+            path.write_bytes(good)
+
+    def test_files_of_a_remote_store_are_fetched_once_by_content(
+        self, one: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, bytes]
+    ) -> None:
+        store = open_store(one.store)
+        manifest = Versions(store).load()
+        monkeypatch.setenv("CBIR_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(type(store), "local_path", lambda *_: None)
+        fetched: list[str] = []
+        fetch = type(store).fetch
+        monkeypatch.setattr(
+            type(store), "fetch", lambda self, key, *rest: (fetched.append(key), fetch(self, key, *rest))[1]
+        )
+        answers = [searcher_of(store, manifest).search(pictures[QUERIES[0]], depth=3) for _ in range(2)]
+        assert answers[0] == answers[1]
+        assert len(fetched) == len(set(fetched)) == 4
+        names = {path.name.split(".")[0] for path in (tmp_path / "cache").iterdir()}
+        assert names == {file.sha256 for file in manifest.files if file.key in fetched}
+        damaged = Path(one.store) / fetched[0]
+        good = damaged.read_bytes()
+        damaged.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        try:
+            with pytest.raises(StorageError, match="sha256"):
+                LocalFiles(store, manifest, tmp_path / "other").path(fetched[0])
+        finally:
+            damaged.write_bytes(good)
+
+
+def test_partitions_are_asked_through_one_seam(many: Config, pictures: dict[str, bytes]) -> None:
+    """A subclass that asks in another order, as the query pool does at the same time, gives the same answers."""
+
+    class Backwards(Searcher):
+        def _ask(self, calls: Any) -> Any:
+            return [call() for call in reversed(calls)][::-1]
+
+    plain = cbir.open(many.store)
+    other = Backwards(plain.manifest, plain.config, plain.encoder, plain.partitions)
+    assert other.search(pictures[QUERIES[0]], depth=20) == plain.search(pictures[QUERIES[0]], depth=20)
+    assert other.keys() == plain.keys()
+    encoded = plain.encoder.encode(plain.encoder.extract([pictures[QUERIES[0]]], [None]))
+    hits: Hits = other.channel_hits(encoded, 7)["whole"]
+    assert np.array_equal(hits.image_ids, plain.channel_hits(encoded, 7)["whole"].image_ids)
