@@ -5,6 +5,7 @@
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -17,7 +18,7 @@ from cbir.errors import CbirError, ConfigError
 
 if TYPE_CHECKING:
     from cbir.config import Config
-    from cbir.search import Box, Result
+    from cbir.search import Box, Result, Searcher
     from cbir.storage import Store
     from cbir.versions import Versions
 
@@ -122,6 +123,14 @@ def _store(index: str) -> "Store":
     return open_store(index)
 
 
+def _searcher(store: "Store", version: int | None) -> "Searcher":
+    from cbir.search import open_version
+    from pipelines.work import limit_threads
+
+    limit_threads()
+    return open_version(store.uri, version)
+
+
 def _versions(index: str) -> "Versions":
     from cbir.versions import Versions
 
@@ -209,10 +218,9 @@ def search(
 
     Example: `cbir search my-index holiday.jpg --box 120,40,300,300 --html result.html`
     """
-    from cbir.search import open_version
 
     region = _box(box)
-    searcher = open_version(_store(index).uri, version)
+    searcher = _searcher(_store(index), version)
     answer = searcher.answer([picture], [region], depth)
     _print_results(answer.results(0), as_json)
     if html is not None:
@@ -260,12 +268,11 @@ def evaluate(
 
     Example: `cbir evaluate my-index --ground-truth queries.csv --json figures.json`
     """
-    from cbir.search import open_version
     from pipelines.quality import judge
-    from pipelines.reporting import write_evaluation
+    from pipelines.reporting import search_figures, write_evaluation
 
     store = _store(index)
-    searcher = open_version(store.uri, version)
+    searcher = _searcher(store, version)
     settings = searcher.config.evaluate
     if index.endswith((".yaml", ".yml")):
         from cbir.config import load_config
@@ -278,11 +285,16 @@ def evaluate(
         judged = judge(
             searcher, truth, protocol or settings.protocol, lambda done, total: status.update(f"{done}/{total} queries")
         )
-    figures = judged.quality.to_json()
+    figures = {
+        **judged.quality.to_json(),
+        **asdict(search_figures(searcher.manifest, judged)),
+        "ann_recall": searcher.manifest.quality.get("ann_recall", {}),
+        "version": searcher.manifest.version,
+    }
     _print_figures(figures)
     page = write_evaluation(report, store, searcher, judged)
     if as_json is not None:
-        as_json.write_text(json.dumps({**figures, "version": searcher.manifest.version}, indent=2) + "\n")
+        as_json.write_text(json.dumps(figures, indent=2) + "\n")
     out.print(str(page), soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from cbir.artifacts import Done, sha256_of
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, ConfigError
+from cbir.evaluation.ground_truth import read_ground_truth
 from cbir.search import Searcher, searcher_of
 from cbir.spec import fingerprint
 from cbir.storage import Store
@@ -20,7 +21,7 @@ from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Task, Worker
 
-__all__ = ["EvaluateTask"]
+__all__ = ["EvaluateTask", "check_ground_truth"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class EvaluateTask(Task):
                 f"{store.uri}/{key}. Improve the index, or lower evaluate.floor"
             )
         return manifest
+
+
+def check_ground_truth(config: Config) -> None:
+    """Read the ground truth before the work begins, not first after it; ConfigError or DataError if that fails."""
+    if (path := config.evaluate.ground_truth) is not None:
+        _digest(path)
+        read_ground_truth(path, config.evaluate.protocol)
 
 
 def _digest(path: str) -> str:

@@ -22,7 +22,7 @@ from cbir.storage import Store, open_store
 from cbir.versions import Manifest, Versions, unique_files
 from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
-from pipelines.gate import EvaluateTask
+from pipelines.gate import EvaluateTask, check_ground_truth
 from pipelines.stages import BuildTask, CatalogTask, Extracted, MergeTask, SampleTask, TrainTask
 from pipelines.work import Asset, ChannelWork, Report, Task
 
@@ -72,6 +72,7 @@ def index(config: Config, progress: Progress | None = None) -> Manifest:
     progress = progress or Silent()
     store = open_store(config.store)
     progress.stage("plan", None)
+    check_ground_truth(config)
     store.probe()
     shards = plan(config)
     works = [_channel_work(store, config, name) for name in config.channels]

@@ -25,7 +25,7 @@ from cbir.versions import Manifest
 from pipelines.progress import StageFigures
 from pipelines.quality import Judged
 
-__all__ = ["ledger", "write_evaluation", "write_search"]
+__all__ = ["ledger", "search_figures", "write_evaluation", "write_search"]
 
 THUMBNAIL_PX = 320
 EXAMPLES = 5
@@ -60,7 +60,7 @@ def write_evaluation(
         quarantine=ledger(store, manifest),
         quality=judged.quality if judged else None,
         ann_recall=_ann_recall(manifest),
-        search=_search_figures(manifest, judged) if judged else None,
+        search=search_figures(manifest, judged) if judged else None,
         gallery=_gallery(searcher, judged) if judged else None,
     )
     return write_report(folder, report)
@@ -90,7 +90,8 @@ def _ann_recall(manifest: Manifest) -> dict[int, float]:
     return {int(depth): recall for depth, recall in worst.items()}
 
 
-def _search_figures(manifest: Manifest, judged: Judged) -> SearchFigures:
+def search_figures(manifest: Manifest, judged: Judged) -> SearchFigures:
+    """What the judged queries cost, and an image in the files of the version."""
     milliseconds = 1000 * np.array(judged.query_seconds)
     median, p99 = np.percentile(milliseconds, [50, 99])
     per_image = sum(file.num_bytes for file in manifest.files) / max(manifest.counts["indexed"], 1)

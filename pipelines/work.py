@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+from threadpoolctl import threadpool_limits
+
 from cbir.artifacts import Done, StoredFile, create_done, find_done, put_part, stage_prefix
 from cbir.config import Channel
 from cbir.errors import CbirError, StorageError
@@ -202,10 +204,10 @@ def limit_threads() -> None:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         os.environ[name] = "1"
     import cv2
-    import faiss
+    import faiss  # noqa: F401 - its OpenMP must be loaded to be limited
 
     cv2.setNumThreads(1)
-    faiss.omp_set_num_threads(1)
+    threadpool_limits(1)
     if "torch" in sys.modules:  # else it will read the environment, if it is needed at all; importing it takes a second
         import torch
 

@@ -283,7 +283,10 @@ class TestEvaluate:
             assert outcome.code == 0, outcome.err
             assert outcome.out.strip().endswith("report.html")
             figures.append(json.loads(target.read_text()))
+            assert 0 < figures[-1].pop("median_ms") <= figures[-1].pop("p99_ms")
         assert figures[0] == figures[1]
+        assert figures[0]["bytes_per_image"] > 0
+        assert figures[0]["ann_recall"]["local"]["10"] == 1.0
         assert figures[0]["map"] > 0.9
         assert figures[0]["recall_at_1"] == 1.0
         assert figures[0]["version"] == 2

@@ -1,0 +1,267 @@
+"""What the pipeline costs beside a bare loop: `python tests/benchmarks/bench_overhead.py [images] [rounds]`.
+
+`cbir index`, from the start of the command to its end, is held against two plain processes that each take half of the
+shards and do nothing but read, decode, extract, encode and write with the same functions and the codebooks of the
+index (they need not train, merge, catalogue, verify or publish). The runs take turns; medians and ratios of wall time
+and of processor time, which other load on the machine changes less. Real photographs (CBIR_TEST_DATA) if there are
+any, else the demo collection. Then the peak memory of a worker over ten times as many images.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cbir.collection import list_shards, read_images
+from cbir.config import Config, parse_config
+from cbir.images import Decoded, decode
+from cbir.layout import Layout
+from cbir.search import LocalFiles, encode_all, restore_encoders
+from cbir.storage import open_store
+from cbir.types import ImageBatch, image_id
+from cbir.versions import Versions
+from pipelines.tables import write_parquet
+from pipelines.work import limit_threads
+
+PROJECT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("CBIR_TEST_DATA", PROJECT.parent / "shared" / "data"))
+TICKS = os.sysconf("SC_CLK_TCK")
+POLL_S = 0.1
+
+
+@dataclass
+class Cost:
+    """Of a command with all its descendants: seconds by the clock and of processors, peak bytes of each Ray worker."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    worker_bytes: list[int] = field(default_factory=list)
+
+
+def measured(*commands: Sequence[str]) -> Cost:
+    """Run commands side by side to their end, watching them and their descendants through /proc."""
+    start, cpu, peaks = time.perf_counter(), dict[int, float](), dict[int, int]()
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            for pid in _descendants([process.pid for process in processes]):
+                _look_at(pid, cpu, peaks)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    codes = [process.wait() for process in processes]
+    wall_s = time.perf_counter() - start
+    ended.set()
+    thread.join()
+    assert not any(codes), f"{commands} ended with {codes}"
+    return Cost(wall_s, sum(cpu.values()), sorted(peaks.values()))
+
+
+def _descendants(roots: Sequence[int]) -> Iterator[int]:
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (stat := _stat(int(folder.name))):
+            children.setdefault(int(stat[1]), []).append(int(folder.name))
+    waiting = list(roots)
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        yield pid
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat after the name; none if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _look_at(pid: int, cpu: dict[int, float], peaks: dict[int, int]) -> None:
+    if not (stat := _stat(pid)):
+        return
+    cpu[pid] = (int(stat[11]) + int(stat[12])) / TICKS
+    try:
+        if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::_WorkerActor"):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            peaks[pid] = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return
+
+
+def photographs() -> list[Path]:
+    """Real photographs, or those of the demo collection."""
+    if (DATA / "photos").is_dir():
+        return sorted(path for path in (DATA / "photos").glob("*/images/**/*") if path.is_file())
+    folder = Path(tempfile.gettempdir()) / "cbir-bench-demo"
+    if not folder.is_dir():
+        subprocess.run([sys.executable, "-m", "pipelines.demo", str(folder)], check=True, cwd=PROJECT)
+    return sorted((folder / "queries").glob("*.jpg"))
+
+
+def collection(folder: Path, num_images: int) -> Path:
+    """A folder of links to the photographs, repeated under other names until there are so many."""
+    known = photographs()
+    for number in range(num_images):
+        path = known[number % len(known)]
+        link = (
+            folder / f"{number // len(known):03d}" / path.parent.parent.name / f"{number % len(known):05d}{path.suffix}"
+        )
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+        path.read_bytes()  # from now on it lies in the page cache for all
+    return folder
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """The channels to measure; random weights where there are no others, the cost is the same."""
+    sift = {
+        "extractor": {"name": "sift"},
+        "encoders": [{"name": "rootsift"}, {"name": "vlad", "words": 64}],
+        "index": {"name": "flat"},
+        "keep_features": True,
+    }
+    network = {"name": "deep", "backbone": "mobilenetv2_100", "size": 224, "fit": "stretch", "weights": "none"}
+    weights = DATA / "weights" / "mobilenetv2_100_imagenet.safetensors"
+    if weights.is_file():
+        network |= {"weights": str(weights), "backbone_args": {"pad_type": "same"}}
+    return {"sift_vlad": sift, "deep": {"extractor": network, "index": {"name": "flat"}}}
+
+
+def settings(images: Path, store: Path, channel: dict[str, Any], workers: int) -> dict[str, Any]:
+    """A whole configuration; 64 words need no larger sample."""
+    return {
+        "images": str(images),
+        "store": str(store),
+        "input": {"shard_images": 32},
+        "sample": {"features": 200_000},
+        "channels": {"it": channel},
+        "workers": workers,
+    }
+
+
+def index(data: dict[str, Any]) -> Cost:
+    """`cbir index` of this configuration, from the start of the command to its end."""
+    path = Path(data["store"]).with_suffix(".yaml")
+    path.write_text(json.dumps(data))  # JSON is YAML
+    return measured([sys.executable, "-c", "from pipelines.cli import main; main()", "index", str(path)])
+
+
+def bare(data: dict[str, Any], processes: int = 2) -> Cost:
+    """Two plain processes with half of the shards each."""
+    path = Path(data["store"]).with_suffix(".yaml")
+    return measured(
+        *([sys.executable, __file__, "--bare", str(path), str(n), str(processes)] for n in range(processes))
+    )
+
+
+def bare_loop(config: Config, part: int, parts: int) -> None:
+    """Read, decode, extract, encode and write every so many-th shard."""
+    limit_threads()
+    (name, channel), store = next(iter(config.channels.items())), open_store(config.store)
+    manifest = Versions(store).load()
+    layout, files = Layout.from_json(manifest.layout).channels[name], LocalFiles(store, manifest)
+    extractor = channel.extractor.build("cpu", {field: files.path(key) for field, key in layout.assets.items()})
+    encoders = restore_encoders(channel, layout.encoders, files)
+    trained = channel.index.restore(files.state(layout.index))
+    with tempfile.TemporaryDirectory(dir=Path(store.local_path("x") or "/tmp").parent) as folder:
+        for shard in islice(list_shards(config.images, config.input), part, None, parts):
+            features, entries = [], []
+            images = read_images(shard, config.input, 1 << 30)
+            while some := list(islice(images, channel.extractor.batch_size)):
+                decoded = [(raw.key, decode(raw.data or b"", channel.extractor.view, config.limits)) for raw in some]
+                batch = extractor.extract(
+                    _batch([(key, image) for key, image in decoded if isinstance(image, Decoded)])
+                )
+                features.append(batch.to_arrow())
+                entries.append(trained.entries(encode_all(encoders, batch)))
+            table = pa.Table.from_batches(features)
+            write_parquet(Path(folder) / "features.parquet", table, table.nbytes // max(1, table.num_rows))
+            write_parquet(Path(folder) / "entries.parquet", pa.concat_tables(entries))
+
+
+def _batch(images: list[tuple[str, Decoded]]) -> ImageBatch:
+    ids = np.array([image_id(key) for key, _ in images], np.int64)
+    sizes = np.array([image.size for _, image in images], np.int32).reshape(-1, 2)
+    return ImageBatch(ids, [image.pixels for _, image in images], sizes)
+
+
+def compare_speed(folder: Path, num_images: int, rounds: int) -> None:
+    images = collection(folder / "images", num_images)
+    print(f"\n{num_images:,} photographs, {rounds} round(s), medians\n")
+    print("| method | run | wall s | images/s | CPU s | of the bare loop: wall | CPU |\n|---|---|---|---|---|---|---|")
+    for name, channel in methods().items():
+        found: dict[str, list[Cost]] = {}
+        for _ in range(rounds):
+            two, one = (settings(images, folder / f"{name}{workers}", channel, workers) for workers in (2, 1))
+            found.setdefault("two workers", []).append(index(two))
+            found.setdefault("nothing left to do", []).append(index(two))
+            found.setdefault("bare loop", []).append(bare(two))
+            found.setdefault("one worker", []).append(index(one))
+            for data in (two, one):
+                shutil.rmtree(data["store"])
+        _print_speed(name, num_images, found)
+
+
+def _print_speed(name: str, num_images: int, found: dict[str, list[Cost]]) -> None:
+    loops = found["bare loop"]
+    for run, costs in found.items():
+        wall, cpu = (statistics.median(getattr(cost, what) for cost in costs) for what in ("wall_s", "cpu_s"))
+        ratios = [
+            statistics.median(
+                getattr(loop, what) / getattr(cost, what) for loop, cost in zip(loops, costs, strict=True)
+            )
+            for what in ("wall_s", "cpu_s")
+        ]
+        shown = "" if run == "nothing left to do" else f"{num_images / wall:.1f}"
+        shares = f"{ratios[0]:.2f} | {ratios[1]:.2f}" if run.endswith(("workers", "worker")) else " | "
+        print(f"| {name} | {run} | {wall:.1f} | {shown} | {cpu:.1f} | {shares} |")
+    speedups = [one.wall_s / two.wall_s for one, two in zip(found["one worker"], found["two workers"], strict=True)]
+    print(f"| {name} | two workers against one | {statistics.median(speedups):.2f} x | | | | |", flush=True)
+
+
+def compare_memory(folder: Path, num_images: int) -> None:
+    print("\nPeak memory of a worker, with a sample and partitions that do not grow with the collection\n")
+    print("| method | images | peak of each worker, MB | ratio of the largest |\n|---|---|---|---|")
+    for name, channel in methods().items():
+        largest = []
+        for times in (1, 10):
+            images = collection(folder / f"memory-{name}-{times}", times * num_images)
+            bounds = {"sample": {"images": num_images}, "partition_megabytes": 16}
+            cost = index(settings(images, folder / f"{name}-m{times}", channel, 2) | bounds)
+            largest.append(max(cost.worker_bytes))
+            peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in cost.worker_bytes)
+            print(f"| {name} | {times * num_images:,} | {peaks} | {largest[-1] / largest[0]:.2f} |", flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--bare"]:
+        path, part, parts = sys.argv[2:]
+        bare_loop(parse_config(json.loads(Path(path).read_text()), path), int(part), int(parts))
+        return
+    num_images = int(sys.argv[1]) if len(sys.argv) > 1 else len(photographs())
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    with tempfile.TemporaryDirectory(prefix="cbir-bench-") as folder:
+        compare_speed(Path(folder), num_images, rounds)
+        compare_memory(Path(folder), max(1, min(200, num_images)))
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"\n{os.cpu_count()} cores; load over 1, 5 and 15 minutes at the end: {load}.")
+
+
+if __name__ == "__main__":
+    main()
