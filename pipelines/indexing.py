@@ -286,9 +286,10 @@ class _Run:
             for asset in work.assets.values():
                 files[asset.key] = StoredFile("asset", asset.key, self.store.stat(asset.key).size, asset.sha256)
         semantic = config.model_dump(mode="json", exclude={"workers", "pools", "ray", "store"})
+        ranking = [spec.identity() for spec in (config.search.fuse, *config.search.rerank) if spec is not None]
         manifest = Manifest(
             version=0,
-            content=fingerprint(built.layout.to_json(), semantic),
+            content=fingerprint(built.layout.to_json(), semantic, ranking),
             config=config.model_dump(mode="json"),
             files=unique_files(files.values()),
             layout=built.layout.to_json(),

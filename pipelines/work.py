@@ -6,6 +6,7 @@ outputs and a DONE record in the store. Pixels and descriptors never travel betw
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -74,7 +75,8 @@ class Worker:
         self.store: Store = open_store(store_uri)
         self.device = device
         self.timer = Timer()
-        self._scratch = tempfile.TemporaryDirectory(prefix="cbir-")
+        _remove_scratch_of_the_dead()
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"cbir-{os.getpid()}-")
         self._cache: dict[Hashable, object] = {}
         self._decoders: dict[tuple[View, Limits], Decoder] = {}
 
@@ -136,6 +138,14 @@ class Worker:
         for decoder in self._decoders.values():
             decoder.close()
         self._scratch.cleanup()
+
+
+def _remove_scratch_of_the_dead() -> None:
+    """Delete what killed workers of this machine could not."""
+    for folder in Path(tempfile.gettempdir()).glob("cbir-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,11 @@ class IvfPq(IndexSpec):
             )
 
     def _train_rotation(self, rows: Floats, seed: int) -> Floats:
+        if len(rows) < rows.shape[1]:  # faiss would write beyond its memory
+            raise DataError(
+                f"opq: a rotation of vectors with D = {rows.shape[1]} needs a sample of at least {rows.shape[1]} "
+                f"vectors, found {len(rows)}; set opq: false, take a larger sample, or reduce D by the encoder pca"
+            )
         dim = self.opq_dim or rows.shape[1]
         opq = faiss.OPQMatrix(rows.shape[1], self.bytes, dim)
         quantiser = faiss.ProductQuantizer(dim, self.bytes, self.bits)

@@ -108,7 +108,7 @@ def test_scales_are_averaged_plainly_where_descriptors_may_be_negative():
 def test_stretched_scales_are_the_nearest_multiples():
     spec = Deep(backbone="resnet50", scales=(0.7071, 1.0, 1.4142))
     assert [spec.side(scale) for scale in spec.scales] == [160, 224, 320]
-    assert spec.view.model_dump() == {"size": 320, "fit": "stretch"}
+    assert spec.view.model_dump() == {"size": 320, "fit": "stretch", "oversampling": 2.0}
     assert Deep(backbone="resnet50", size=250).view.size == 250
     assert Deep(backbone="vit", size=518, multiple_of=14, scales=(0.5, 1)).side(0.5) == 266
 
