@@ -270,8 +270,8 @@ class CatalogTask(Task):
     @classmethod
     def of(cls, bounds: tuple[int, int], extracted: Sequence[Extracted], sources: tuple[str, ...]) -> "CatalogTask":
         """The task of one range of ids over all shards and channels."""
-        ordered = tuple(sorted(extracted, key=lambda part: part.done.fingerprint))
-        identity = fingerprint("catalog", bounds, [part.done.fingerprint for part in ordered])
+        ordered = tuple(sorted(extracted, key=lambda part: (part.shard, part.channel)))
+        identity = fingerprint("catalog", bounds, sorted(part.done.fingerprint for part in ordered))
         return cls(f"ids from {bounds[0]:016x}", identity, *bounds, ordered, sources)
 
     def run(self, worker: Worker) -> Done:

@@ -108,13 +108,13 @@ class ShardWriter:
         return ids.take(order)
 
 
-def open_parquet(store: Store, file: StoredFile) -> pq.ParquetFile:
+def open_parquet(store: Store, file: StoredFile, whole_bytes: int = _WHOLE_FILE_BYTES) -> pq.ParquetFile:
     """Open a Parquet file of the store for reading by parts.
 
-    A small file is read whole and checked against its sha256; of a large one only the wanted pages are read, and each
-    is checked against the checksum in its header.
+    A file of up to `whole_bytes` is read whole and checked against its sha256; of a larger one only the wanted pages
+    are read, and each is checked against the checksum in its header.
     """
-    if file.num_bytes <= _WHOLE_FILE_BYTES:
+    if file.num_bytes <= whole_bytes:
         return pq.ParquetFile(pa.BufferReader(read_part(store, file)))
     source = store.local_path(file.key) or store.open(file.key)
     return pq.ParquetFile(source, page_checksum_verification=True)
@@ -129,7 +129,8 @@ def read_features(store: Store, done: Done) -> Iterator[FeatureBatch]:
 
 def read_range(store: Store, file: StoredFile, low: int, high: int, columns: list[str] | None = None) -> pa.Table:
     """The rows with low <= image_id < high of a sorted file; row groups outside the range are not read."""
-    parquet = open_parquet(store, file)
+    is_everything = low <= 0 and high >= 1 << 63
+    parquet = open_parquet(store, file, _WHOLE_FILE_BYTES if is_everything else _ROW_GROUP_BYTES)
     position = parquet.schema_arrow.get_field_index("image_id")
     groups = []
     for group in range(parquet.num_row_groups):

@@ -44,7 +44,10 @@ POLL_S = 0.1
 
 @dataclass
 class Cost:
-    """Of a command with all its descendants: seconds by the clock and of processors, peak bytes of each Ray worker."""
+    """Of a command with all its descendants: seconds by the clock and of processors, peak bytes of each Ray worker.
+
+    Only a worker's own memory counts, not the pages of mapped files, which the system can take back at any time.
+    """
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -54,7 +57,9 @@ class Cost:
 def measured(*commands: Sequence[str]) -> Cost:
     """Run commands side by side to their end, watching them and their descendants through /proc."""
     start, cpu, peaks = time.perf_counter(), dict[int, float](), dict[int, int]()
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands
+    ]
     ended = threading.Event()
 
     def watch() -> None:
@@ -99,7 +104,8 @@ def _look_at(pid: int, cpu: dict[int, float], peaks: dict[int, int]) -> None:
     try:
         if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::_WorkerActor"):
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            peaks[pid] = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+            now = next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            peaks[pid] = max(now, peaks.get(pid, 0))
     except (OSError, StopIteration):
         return
 
@@ -118,10 +124,9 @@ def collection(folder: Path, num_images: int) -> Path:
     """A folder of links to the photographs, repeated under other names until there are so many."""
     known = photographs()
     for number in range(num_images):
-        path = known[number % len(known)]
-        link = (
-            folder / f"{number // len(known):03d}" / path.parent.parent.name / f"{number % len(known):05d}{path.suffix}"
-        )
+        copy, which = divmod(number, len(known))
+        path = known[which]
+        link = folder / f"{copy:03d}" / f"{which:05d}{path.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
         path.read_bytes()  # from now on it lies in the page cache for all
@@ -165,9 +170,8 @@ def index(data: dict[str, Any]) -> Cost:
 def bare(data: dict[str, Any], processes: int = 2) -> Cost:
     """Two plain processes with half of the shards each."""
     path = Path(data["store"]).with_suffix(".yaml")
-    return measured(
-        *([sys.executable, __file__, "--bare", str(path), str(n), str(processes)] for n in range(processes))
-    )
+    command = [sys.executable, __file__, "--bare", str(path), str(processes)]
+    return measured(*([*command, str(part)] for part in range(processes)))
 
 
 def bare_loop(config: Config, part: int, parts: int) -> None:
@@ -184,10 +188,9 @@ def bare_loop(config: Config, part: int, parts: int) -> None:
             features, entries = [], []
             images = read_images(shard, config.input, 1 << 30)
             while some := list(islice(images, channel.extractor.batch_size)):
-                decoded = [(raw.key, decode(raw.data or b"", channel.extractor.view, config.limits)) for raw in some]
-                batch = extractor.extract(
-                    _batch([(key, image) for key, image in decoded if isinstance(image, Decoded)])
-                )
+                view, limits = channel.extractor.view, config.limits
+                decoded = [(image_id(raw.key), decode(raw.data or b"", view, limits)) for raw in some]
+                batch = extractor.extract(_batch([pair for pair in decoded if isinstance(pair[1], Decoded)]))
                 features.append(batch.to_arrow())
                 entries.append(trained.entries(encode_all(encoders, batch)))
             table = pa.Table.from_batches(features)
@@ -195,8 +198,8 @@ def bare_loop(config: Config, part: int, parts: int) -> None:
             write_parquet(Path(folder) / "entries.parquet", pa.concat_tables(entries))
 
 
-def _batch(images: list[tuple[str, Decoded]]) -> ImageBatch:
-    ids = np.array([image_id(key) for key, _ in images], np.int64)
+def _batch(images: list[tuple[int, Any]]) -> ImageBatch:
+    ids = np.array([number for number, _ in images], np.int64)
     sizes = np.array([image.size for _, image in images], np.int32).reshape(-1, 2)
     return ImageBatch(ids, [image.pixels for _, image in images], sizes)
 
@@ -222,11 +225,10 @@ def _print_speed(name: str, num_images: int, found: dict[str, list[Cost]]) -> No
     loops = found["bare loop"]
     for run, costs in found.items():
         wall, cpu = (statistics.median(getattr(cost, what) for cost in costs) for what in ("wall_s", "cpu_s"))
+        pairs = list(zip(loops, costs, strict=True))
         ratios = [
-            statistics.median(
-                getattr(loop, what) / getattr(cost, what) for loop, cost in zip(loops, costs, strict=True)
-            )
-            for what in ("wall_s", "cpu_s")
+            statistics.median(loop.wall_s / cost.wall_s for loop, cost in pairs),
+            statistics.median(loop.cpu_s / cost.cpu_s for loop, cost in pairs),
         ]
         shown = "" if run == "nothing left to do" else f"{num_images / wall:.1f}"
         shares = f"{ratios[0]:.2f} | {ratios[1]:.2f}" if run.endswith(("workers", "worker")) else " | "
@@ -251,7 +253,7 @@ def compare_memory(folder: Path, num_images: int) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--bare"]:
-        path, part, parts = sys.argv[2:]
+        path, parts, part = sys.argv[2:]
         bare_loop(parse_config(json.loads(Path(path).read_text()), path), int(part), int(parts))
         return
     num_images = int(sys.argv[1]) if len(sys.argv) > 1 else len(photographs())

@@ -128,7 +128,7 @@ def test_features_above_a_higher_contrast_threshold_are_the_first(upright):
 
 
 def test_view_asks_for_the_longest_side():
-    assert Sift(size=640).view.model_dump() == {"size": 640, "fit": "longest"}
+    assert Sift(size=640).view.model_dump() == {"size": 640, "fit": "longest", "oversampling": 1.0}
 
 
 def _unit(features: FeatureBatch) -> np.ndarray:

@@ -188,7 +188,7 @@ def test_a_key_in_two_shards_is_an_error_that_names_both(
     images, key = tmp_path / "images", "object0/view0.jpg"
     settings = shards(write_tar, "tar", 3, shuffled=False)(images, pictures)
     write_tar(images / "again.tar", {key: pictures[key]})
-    with pytest.raises(DataError, match=rf"key '{key}' stands twice: in .*again\.tar: .* and in .*00\d\.tar: member"):
+    with pytest.raises(DataError, match=rf"key '{key}' stands twice: in .*00\d\.tar: .* and in .*again\.tar: member"):
         index(config(**settings))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import cbir
@@ -146,7 +147,56 @@ def test_a_cache_that_cannot_be_made_is_named(
         cbir.open(f"s3://{moto_bucket}/index")
 
 
+def refused(settings: dict[str, Any], tmp_path: Path) -> str:
+    """What `cbir index` says on stderr when it fails."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["index", str(path)])
+    assert isinstance(result.exception, SystemExit)
+    assert (result.exit_code, result.stderr.count("error: ")) == (1, 1)
+    return result.stderr
+
+
+@pytest.mark.parametrize("what", ["images", "store"])
+def test_a_missing_bucket_is_named(what: str, moto_bucket: str, small_settings: Settings, tmp_path: Path) -> None:
+    settings = small_settings(f"s3://{moto_bucket}/index") | {what: "s3://no-such-bucket/here"}
+    message = refused(settings, tmp_path)
+    assert "s3://no-such-bucket" in message
+    assert "the bucket does not exist at http" in message
+    assert "create it or correct the URI" in message
+    assert list(open_store(f"s3://{moto_bucket}").list()) == []
+
+
+def test_an_empty_prefix_is_named(moto_bucket: str, small_settings: Settings, tmp_path: Path) -> None:
+    images = f"s3://{moto_bucket}/nothing"
+    message = refused(small_settings(f"s3://{moto_bucket}/index", images=images), tmp_path)
+    assert f"nothing lies under {images}; check the path" in message
+    assert list(open_store(f"s3://{moto_bucket}").list()) == []
+
+
 class TestRadosgw:
+    @pytest.mark.parametrize("what", ["images", "store"])
+    @pytest.mark.parametrize(
+        ("variable", "reason"),
+        [("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch"), ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId")],
+    )
+    def test_wrong_credentials_are_named(
+        self,
+        variable: str,
+        reason: str,
+        what: str,
+        radosgw_bucket: str,
+        small_settings: Settings,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv(variable, "wrong")
+        settings = small_settings(str(tmp_path / "store")) | {what: f"s3://{radosgw_bucket}/here"}
+        message = refused(settings, tmp_path)
+        assert f"s3://{radosgw_bucket}" in message
+        assert reason in message
+        assert "the credentials are wrong or expired, see AWS_ACCESS_KEY_ID" in message
+
     def test_from_s3_to_s3_is_as_from_disk_to_disk(
         self,
         radosgw_bucket: str,
