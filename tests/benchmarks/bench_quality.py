@@ -93,7 +93,7 @@ class Row:
 
 def whitened(dim: int, shrinkage: float = 0.5) -> dict[str, Any]:
     """Half-whitened: the sample has only two to four times as many images as there are dimensions, and full whitening
-    would make noise of its own samples. With 20 times as many images, 1.0 is right."""
+    makes noise of its own samples."""
     return {"name": "pca", "dim": dim, "whiten": True, "shrinkage": shrinkage}
 
 
