@@ -143,10 +143,10 @@ class FeatureFile:
         rows = [self._table.slice(position, 1) for position in positions[found]]
         table = pa.concat_tables(rows) if rows else self._table.slice(0, 0)
         held = FeatureBatch.from_arrow(table.select(FEATURES_SCHEMA.names))
-        counts = np.zeros(len(image_ids), np.int64)
-        counts[found] = held.counts
+        counts, sizes = np.zeros(len(image_ids), np.int64), np.zeros((len(image_ids), 2), np.int32)
+        counts[found], sizes[found] = held.counts, held.sizes
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry)
+        return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry, sizes)
 
 
 def _mapped(path: Path) -> pa.Table:

@@ -9,7 +9,7 @@ import functools
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -141,9 +141,12 @@ class QueryEncoder:
     def extract(self, pictures: Sequence[bytes], boxes: Sequence[Box | None]) -> dict[str, FeatureBatch]:
         """Raw features of the pictures by channel; DataError for a picture that cannot be decoded."""
         return {
-            name: self._extractors[name].extract(self._decoded(pictures, boxes, channel.extractor.view))
+            name: self._extract(name, self._decoded(pictures, boxes, channel.extractor.view))
             for name, channel in self._channels.items()
         }
+
+    def _extract(self, channel: str, batch: ImageBatch) -> FeatureBatch:
+        return replace(self._extractors[channel].extract(batch), sizes=batch.sizes)
 
     def encode(self, features: Mapping[str, FeatureBatch]) -> dict[str, FeatureBatch]:
         """The form in which the index holds features, by channel."""

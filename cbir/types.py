@@ -6,7 +6,7 @@ columns, W visual words, Q queries, R results per query, C channels of a feature
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,16 @@ __all__ = [
     "Floats",
     "Hits",
     "ImageBatch",
+    "Int32s",
     "Int64s",
     "Pixels",
+    "Regions",
     "State",
     "image_id",
 ]
 
 Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
@@ -63,30 +66,59 @@ class ImageBatch:
 
 
 @dataclass(frozen=True)
+class Regions:
+    """Boxes in N images: image i owns rows offsets[i] to offsets[i+1] of `boxes` (M, 4) float32: left, top, right and
+    bottom edge in pixels of the upright original; the whole image is a box only where it is listed as one."""
+
+    offsets: Int64s
+    boxes: Floats
+
+    def take(self, indices: Int64s) -> "Regions":
+        """Those of the images at these positions."""
+        offsets, rows = _taken(self.offsets, indices)
+        return Regions(offsets, self.boxes[rows])
+
+    def of(self, i: int) -> Floats:
+        """The boxes of image number i."""
+        return self.boxes[int(self.offsets[i]) : int(self.offsets[i + 1])]
+
+
+@dataclass(frozen=True)
 class FeatureBatch:
     """Features of N images, K rows in all: a global descriptor is the case of one row per image.
 
     `image_ids` (N,) int64; `offsets` (N+1,) int64: image i owns rows offsets[i] to offsets[i+1]; `descriptors` (K, D),
     C-contiguous; `geometry` (K, G) float32, G = 0 for global descriptors, else x, y in pixels of the upright original
-    image, size in pixels (diameter), angle in degrees, and two optional columns of affine shape.
+    image, size in pixels (diameter), angle in degrees, and two optional columns of affine shape. Extractors give the
+    rows of an image by falling strength, so that the best n are the first n.
+
+    Where it is known: `sizes` (N, 2) int32, height and width of the upright originals, else 0; `regions`, boxes that
+    were proposed in the images; `words` (K,) int32, the visual words that an index found for the rows of a query.
     """
 
     image_ids: Int64s
     offsets: Int64s
     descriptors: Array
     geometry: Floats = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    sizes: Int32s = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    regions: Regions | None = None
+    words: Int32s | None = None
 
     def __post_init__(self) -> None:
-        if self.geometry.size == 0 and self.geometry.shape[0] != len(self.descriptors):
-            object.__setattr__(self, "geometry", np.empty((len(self.descriptors), 0), np.float32))
         n, k = len(self.image_ids), len(self.descriptors)
+        if self.geometry.size == 0 and len(self.geometry) != k:
+            object.__setattr__(self, "geometry", np.empty((k, 0), np.float32))
+        if self.sizes.size == 0 and n:
+            object.__setattr__(self, "sizes", np.zeros((n, 2), np.int32))
         if self.descriptors.ndim != 2:
             raise ValueError(f"descriptors must be (K, D), found shape {self.descriptors.shape}")
         ends = self.offsets.shape == (n + 1,) and self.offsets[0] == 0 and self.offsets[-1] == k
         if not ends or (self.counts < 0).any():
             raise ValueError(f"offsets {self.offsets.shape} do not divide {k} rows among {n} images")
-        if len(self.geometry) != k:
-            raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}")
+        if len(self.geometry) != k or (self.words is not None and len(self.words) != k):
+            raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}; there must be as many words")
+        if self.sizes.shape != (n, 2) or (self.regions is not None and len(self.regions.offsets) != n + 1):
+            raise ValueError(f"sizes {self.sizes.shape} and regions must be those of {n} images")
 
     @classmethod
     def of_global(cls, image_ids: Int64s, descriptors: Array) -> "FeatureBatch":
@@ -109,12 +141,16 @@ class FeatureBatch:
     def concatenate(cls, batches: Iterable["FeatureBatch"]) -> "FeatureBatch":
         """Batches one after the other: `a ++ b`. At least one batch, all of one D and G."""
         parts = list(batches)
-        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        regions = [part.regions for part in parts if part.regions is not None]
+        words = [part.words for part in parts if part.words is not None]
         return cls(
             np.concatenate([part.image_ids for part in parts]),
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)]),
+            _joined([part.offsets for part in parts]),
             np.concatenate([part.descriptors for part in parts]),
             np.concatenate([part.geometry for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+            _joined_regions(regions) if len(regions) == len(parts) else None,
+            np.concatenate(words) if len(words) == len(parts) else None,
         )
 
     def __len__(self) -> int:
@@ -131,15 +167,23 @@ class FeatureBatch:
 
     def take(self, indices: Int64s) -> "FeatureBatch":
         """The images with these positions, in this order; positions may repeat."""
-        starts, counts = self.offsets[indices], self.counts[indices]
-        offsets = np.zeros(len(indices) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        rows = np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
-        return FeatureBatch(self.image_ids[indices], offsets, self.descriptors[rows], self.geometry[rows])
+        offsets, rows = _taken(self.offsets, indices)
+        regions = self.regions.take(indices) if self.regions is not None else None
+        words = self.words[rows] if self.words is not None else None
+        kept = self.descriptors[rows], self.geometry[rows], self.sizes[indices]
+        return FeatureBatch(self.image_ids[indices], offsets, *kept, regions, words)
+
+    def take_rows(self, chosen: npt.NDArray[np.bool_]) -> "FeatureBatch":
+        """The same images with the rows for which `chosen` (K,) is true."""
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])[self.offsets]
+        words = self.words[chosen] if self.words is not None else None
+        return replace(
+            self, offsets=offsets, descriptors=self.descriptors[chosen], geometry=self.geometry[chosen], words=words
+        )
 
     def with_descriptors(self, descriptors: Array) -> "FeatureBatch":
         """The same images and geometry with other descriptors (K, D')."""
-        return FeatureBatch(self.image_ids, self.offsets, descriptors, self.geometry)
+        return replace(self, descriptors=descriptors)
 
     def to_arrow(self) -> pa.RecordBatch:
         """One row per image in FEATURES_SCHEMA; dtype, D and G stand in the schema's metadata."""
@@ -147,12 +191,17 @@ class FeatureBatch:
             "dtype": self.descriptors.dtype.name,
             "dim": str(self.descriptors.shape[1]),
             "geometry_columns": str(self.geometry.shape[1]),
+            "has_regions": str(int(self.regions is not None)),
         }
+        regions = self.regions or Regions(np.zeros(len(self) + 1, np.int64), np.empty((0, 4), np.float32))
         columns = [
             pa.array(self.image_ids),
+            pa.array(self.sizes[:, 0]),
+            pa.array(self.sizes[:, 1]),
             pa.array(self.counts.astype(np.int32)),
             _binary_column(self.descriptors, self.offsets),
             _binary_column(self.geometry, self.offsets),
+            _binary_column(regions.boxes, regions.offsets),
         ]
         return pa.record_batch(columns, schema=FEATURES_SCHEMA.with_metadata(metadata))
 
@@ -160,31 +209,63 @@ class FeatureBatch:
     def from_arrow(cls, table: pa.Table | pa.RecordBatch) -> "FeatureBatch":
         """Back from `to_arrow`; other columns of the table are ignored. ArtifactError if it is no table of features."""
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        missing = {"dtype", "dim", "geometry_columns"} - metadata.keys()
+        missing = {"dtype", "dim", "geometry_columns", "has_regions"} - metadata.keys()
         if missing:
             raise ArtifactError(
                 f"the table's metadata lacks {', '.join(sorted(missing))}; "
                 f"its columns are {', '.join(table.schema.names)}, so it was not written as a table of features"
             )
         counts = table.column("num_features").to_numpy().astype(np.int64)
+        sizes = np.stack([table.column(name).to_numpy() for name in ("height", "width")], axis=1)
         return cls(
             np.ascontiguousarray(table.column("image_id").to_numpy()),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
             _from_binary(table.column("descriptors"), np.dtype(metadata["dtype"]), int(metadata["dim"])),
             _from_binary(table.column("geometry"), np.dtype(np.float32), int(metadata["geometry_columns"])),
+            np.ascontiguousarray(sizes, np.int32),
+            _regions_from_arrow(table.column("regions")) if metadata["has_regions"] == "1" else None,
         )
 
 
 FEATURES_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
         pa.field("num_features", pa.int32(), nullable=False),
         pa.field("descriptors", pa.large_binary(), nullable=False),
         pa.field("geometry", pa.large_binary(), nullable=False),
+        pa.field("regions", pa.large_binary(), nullable=False),
     ]
 )
 """One row per image. `descriptors` holds num_features x dim values, row-major and little-endian, in the dtype that the
-schema's metadata names: `np.frombuffer(row["descriptors"], dtype).reshape(-1, dim)`. `geometry` likewise in float32."""
+schema's metadata names: `np.frombuffer(row["descriptors"], dtype).reshape(-1, dim)`. `geometry` and `regions` (boxes of
+four) likewise in float32."""
+
+
+def _taken(offsets: Int64s, indices: Int64s) -> tuple[Int64s, Int64s]:
+    """The offsets of the images at these positions, and the positions of their rows."""
+    counts = np.diff(offsets)[indices]
+    taken = np.zeros(len(indices) + 1, np.int64)
+    np.cumsum(counts, out=taken[1:])
+    return taken, np.repeat(offsets[indices] - taken[:-1], counts) + np.arange(taken[-1])
+
+
+def _joined(offsets: Sequence[Int64s]) -> Int64s:
+    counts = np.concatenate([np.diff(part) for part in offsets])
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _joined_regions(parts: Sequence[Regions]) -> Regions:
+    return Regions(_joined([part.offsets for part in parts]), np.concatenate([part.boxes for part in parts]))
+
+
+def _regions_from_arrow(column: pa.ChunkedArray | pa.Array) -> Regions:
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    lengths = [np.diff(_chunk_offsets(chunk)) // 16 for chunk in chunks]
+    counts = np.concatenate([np.empty(0, np.int64), *lengths])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return Regions(offsets, _from_binary(column, np.dtype(np.float32), 4))
 
 
 def _binary_column(rows: Array, offsets: Int64s) -> pa.LargeBinaryArray:
@@ -201,11 +282,17 @@ def _from_binary(column: pa.ChunkedArray | pa.Array, dtype: np.dtype[Any], width
 
 
 def _chunk_bytes(chunk: pa.LargeBinaryArray) -> npt.NDArray[np.uint8]:
-    _, offset_buffer, data = chunk.buffers()
+    data = chunk.buffers()[2]
     if len(chunk) == 0 or data is None:
         return np.empty(0, np.uint8)
-    offsets = np.frombuffer(offset_buffer, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    offsets = _chunk_offsets(chunk)
     return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
+
+
+def _chunk_offsets(chunk: pa.LargeBinaryArray) -> Int64s:
+    if len(chunk) == 0:
+        return np.zeros(1, np.int64)
+    return np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class ExtractTask(Task):
                 np.array([decoded.size for _, _, decoded in images], np.int32),
             )
             with worker.timer.phase("device"):
-                features = extractor.extract(batch)
+                features = replace(extractor.extract(batch), sizes=batch.sizes)
             num_bytes += sum(raw.size for raw, _, _ in images)
             num_features += len(features.descriptors)
             with worker.timer.phase("write"):

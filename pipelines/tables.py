@@ -96,13 +96,14 @@ class ShardWriter:
         ids = pa.Table.from_pylist(self._rows, schema=IDS_SCHEMA)
         order = pc.sort_indices(ids, [("image_id", "ascending")])
         features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
-        schema = pa.schema([*IDS_SCHEMA, *list(FEATURES_SCHEMA)[1:]], metadata=features.schema.metadata)
+        own = [field for field in FEATURES_SCHEMA if field.name not in IDS_SCHEMA.names]
+        schema = pa.schema([*IDS_SCHEMA, *own], metadata=features.schema.metadata)
         images = max(1, ids.num_rows)
         step = max(1, min(_ROW_GROUP_BYTES // max(self._num_bytes // images, 1), images))
         with parquet_writer(target, schema) as writer:
             for start in range(0, images, step):
                 some = order.slice(start, step)
-                columns = [*ids.take(some).columns, *features.take(some).columns[1:]]
+                columns = [*ids.take(some).columns, *features.select([field.name for field in own]).take(some).columns]
                 writer.write_table(pa.table(columns, schema=schema), row_group_size=step)
         self._scratch.unlink()
         return ids.take(order)

@@ -21,7 +21,7 @@ from cbir.index.dense import (
     open_mapped,
     stored_order,
 )
-from cbir.index.index import IndexSpec
+from cbir.index.index import Index, IndexSpec
 from cbir.types import FeatureBatch, Floats, Int64s, State
 
 __all__ = ["Flat", "FlatIndex", "FlatPartition"]
@@ -69,7 +69,7 @@ class Flat(IndexSpec):
         return 4 * dim + 8
 
 
-class FlatIndex:
+class FlatIndex(Index):
     """The empty index of vectors of one D."""
 
     def __init__(self, spec: Flat, dim: int) -> None:
@@ -82,7 +82,7 @@ class FlatIndex:
         """One row per vector: image_id int64, code fixed_size_binary[4 D]."""
         return _entries(np.repeat(batch.image_ids, batch.counts), float_rows(batch, self._dim))
 
-    def build(self, entries: pa.Table) -> "FlatPartition":
+    def build(self, entries: pa.Table, totals: State | None = None) -> "FlatPartition":  # noqa: ARG002 - needs none
         """The vectors in the order of their images."""
         return self._empty.with_entries(entries)
 

@@ -3,6 +3,9 @@
 A trained, empty `Index` turns features into *entries*, an Arrow table with one row per stored vector (or posting) that
 can be written as a plain Parquet file per shard. A partition is built from the entries of any number of shards, so
 that merging is concatenation: `build(entries(a) ++ entries(b))` is the index of `a ++ b`.
+
+What depends on the whole collection (idf, mean lengths) is computed once, at the merge, from additive *statistics* of
+all shards: `build(entries, statistics(a) + statistics(b))`; so neither shards nor partitions show in a score.
 """
 
 from pathlib import Path
@@ -35,9 +38,20 @@ class Index(Protocol):
         """One row per stored vector, first column `image_id` (int64), the rest as the method documents."""
         ...
 
-    def build(self, entries: pa.Table) -> SearchIndex:
-        """The searchable partition of these entries; their order does not matter."""
+    def statistics(self, entries: pa.Table) -> State:  # noqa: ARG002 - most indexes need none
+        """Counts of these entries by name; those of several shards are added up, and must be exact integers."""
+        return {}
+
+    def build(self, entries: pa.Table, totals: State | None = None) -> SearchIndex:
+        """The searchable partition of these entries, whose order does not matter.
+
+        `totals`: the statistics of all partitions; without them, these entries are the whole collection.
+        """
         ...
+
+    def queries(self, batch: FeatureBatch) -> FeatureBatch:
+        """The form in which partitions are asked: done once per query, however many partitions there are."""
+        return batch
 
     def state(self) -> State:
         """Everything that `IndexSpec.restore` needs."""
@@ -51,6 +65,10 @@ class IndexSpec(Method):
 
     suffix: ClassVar[str]
     """The file extension of a partition."""
+    local: ClassVar[bool] = False
+    """Whether it holds the local features of an image rather than descriptors of whole images or regions."""
+    encodes_queries: ClassVar[bool] = False
+    """Whether `Index.queries` does anything, for which a searcher must hold the trained state."""
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
 

@@ -23,7 +23,7 @@ from cbir.index.dense import (
     open_mapped,
     stored_order,
 )
-from cbir.index.index import IndexSpec
+from cbir.index.index import Index, IndexSpec
 from cbir.index.quantisers import Quantisers, codebooks_of, inverted_file
 from cbir.types import FeatureBatch, Floats, Int64s, State
 
@@ -153,7 +153,7 @@ def choose_lists(num_vectors: int) -> int:
     return int(min(2 ** round(math.log2(4 * math.sqrt(max(1, num_vectors)))), 2 ** int(math.log2(most))))
 
 
-class IvfPqIndex:
+class IvfPqIndex(Index):
     """A trained index without content."""
 
     def __init__(self, spec: IvfPq, coder: Quantisers) -> None:
@@ -165,7 +165,7 @@ class IvfPqIndex:
         rows = self._quantisers.rotate(float_rows(batch, self._quantisers.dim))
         return _entries(np.repeat(batch.image_ids, batch.counts), *self._quantisers.encode(rows))
 
-    def build(self, entries: pa.Table) -> "IvfPqPartition":
+    def build(self, entries: pa.Table, totals: State | None = None) -> "IvfPqPartition":  # noqa: ARG002 - needs none
         """The codes in the order of their lists and images."""
         return self._empty.with_entries(entries)
 
