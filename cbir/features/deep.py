@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from cbir.features.extractor import Extractor, ExtractorSpec
+from cbir.features.backbone import BackboneSpec
+from cbir.features.extractor import Extractor
 from cbir.features.pooling import GeM, PoolingSpec
+from cbir.features.weights import local_path
 from cbir.images import View
 from cbir.spec import one_of
 
@@ -19,12 +21,8 @@ else:
 
 __all__ = ["Deep"]
 
-Colour = tuple[float, float, float]
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-SET_BY_CBIR = ("pretrained", "pretrained_cfg", "checkpoint_path", "features_only", "in_chans")
 
-
-class Deep(ExtractorSpec):
+class Deep(BackboneSpec):
     """Pooled maps of any timm backbone, one l2-normalised float32 row per image (Radenović et al. 2019).
 
     `weights` is a file (local path, `file://` or `s3://`; .safetensors or a .pth of tensors only), `hub` for timm's
@@ -43,35 +41,13 @@ class Deep(ExtractorSpec):
     name: Literal["deep"] = "deep"
     paper: ClassVar[str] = "Radenović, Tolias, Chum, Fine-tuning CNN image retrieval with no human annotation, 2019"
 
-    backbone: str = Field(examples=["resnet50"])
-    backbone_args: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    weights: str = "hub"
-    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    seed: int = 0
     size: PositiveInt = 224
     fit: Literal["stretch", "longest"] = "stretch"
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
     multiple_of: PositiveInt = 32
     pooling: AnyPooling = GeM()
-    mean: Colour | None = None
-    std: Colour | None = None
     batch: PositiveInt = 16
     precision: Literal["float32"] = "float32"
-
-    @model_validator(mode="after")
-    def _check(self) -> "Deep":
-        if self.weights_sha256 and not self.weights_are_a_file:
-            raise ValueError(f"weights_sha256 needs weights that are a file, found weights: {self.weights}")
-        if taken := sorted(self.backbone_args.keys() & set(SET_BY_CBIR)):
-            raise ValueError(f"backbone_args must not hold {', '.join(taken)}: use weights and weights_sha256")
-        if self.std and min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, found {self.std}")
-        return self
-
-    @property
-    def weights_are_a_file(self) -> bool:
-        """Whether `weights` is a path or a URI, not the name of weights on the hub."""
-        return "/" in self.weights or self.weights.endswith(WEIGHTS_SUFFIXES)
 
     @property
     def view(self) -> View:
@@ -85,11 +61,6 @@ class Deep(ExtractorSpec):
     def batch_size(self) -> int:
         """As many as pass through an accelerator at a time."""
         return self.batch
-
-    @property
-    def assets(self) -> Mapping[str, str]:
-        """The weights, where they are a file."""
-        return {"weights": self.weights} if self.weights_are_a_file else {}
 
     def side(self, scale: float) -> int:
         """The network's input at a scale, in pixels: both sides of a stretched image, the longest side otherwise."""
@@ -106,5 +77,4 @@ class Deep(ExtractorSpec):
         """
         from cbir.features.networks.descriptor import DeepExtractor
 
-        local = {"weights": Path(self.weights.removeprefix("file://"))} if self.weights_are_a_file else {}
-        return DeepExtractor(self, {**local, **assets}.get("weights"), device)
+        return DeepExtractor(self, local_path("weights", self.weights, assets), device)

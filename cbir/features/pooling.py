@@ -1,6 +1,6 @@
 """Pooling of feature maps: (N, C, H, W) -> (N, C).
 
-Nothing here imports torch: a pooling only calls methods of the tensor that it is given.
+Importing this imports no torch: a pooling mostly calls methods of the tensor that it is given.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -12,7 +12,7 @@ from cbir.spec import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GeM", "Mac", "PoolingSpec", "Spoc"]
+__all__ = ["GeM", "Mac", "PoolingSpec", "Spoc", "WeightedSpoc"]
 
 
 class PoolingSpec(Method):
@@ -76,3 +76,22 @@ class Spoc(PoolingSpec):
     def pool(self, maps: "Tensor") -> "Tensor":
         """(N, C, H, W) -> (N, C)."""
         return maps.mean((-2, -1))
+
+
+class WeightedSpoc(PoolingSpec):
+    """The global descriptor of HOW (Tolias et al. 2020): the mean of places averaged over 3 x 3, weighted by attention.
+
+    The attention of a place is the l2 norm of its vector before averaging.
+    """
+
+    name: Literal["weighted_spoc"] = "weighted_spoc"
+    paper: ClassVar[str] = "Tolias, Jenicek, Chum, Learning and aggregating deep local descriptors, ECCV 2020"
+
+    def pool(self, maps: "Tensor") -> "Tensor":
+        """(N, C, H, W) -> (N, C)."""
+        from torch.nn.functional import avg_pool2d
+
+        smoothed = avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        attention = maps.norm(dim=1, keepdim=True)
+        pooled: Tensor = (smoothed * attention).sum((-2, -1)) / attention.sum((-2, -1)).clamp(min=1e-12)
+        return pooled

@@ -19,6 +19,18 @@ EXTRACTORS = methods("extractor")
 TINY = {"backbone": "test_resnet", "weights": "none", "size": 96}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sift": [{}, {"upright": True, "max_features": 20}],
+    "local": [
+        {"detector": {"name": detector}, "descriptor": {"name": descriptor}, **settings}
+        for detector, descriptor, settings in (
+            ("mser", "sift", {}),
+            ("fast", "akaze", {"max_features": 50}),
+            ("dense", "opponent_sift", {"max_features": 40, "upright": True}),
+            ("fast_hessian", "surf", {}),
+            ("dog", "sift", {"max_features": 30}),
+        )
+    ],
+    "delf": [{**TINY, "scales": (0.5, 1.0), "max_features": 20}],
+    "how": [{**TINY, "scales": (0.5, 1.0)}, {**TINY, "backbone": "test_vit", "scales": (1.0,), "max_features": 20}],
     "deep": [
         TINY,
         {**TINY, "scales": (0.7071, 1.0, 1.4142)},

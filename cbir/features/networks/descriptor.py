@@ -5,17 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cbir.errors import ConfigError
 from cbir.features.deep import Deep
 from cbir.features.networks.backbone import Backbone
+from cbir.features.networks.scaling import resized, scaled
 from cbir.types import FeatureBatch, Floats, ImageBatch, Pixels
 
 __all__ = ["DeepExtractor"]
-
-SMALLEST_SIDE = 32
-"""Pixels. A network that halves its maps five times needs as many to have one place left."""
 
 
 class DeepExtractor:
@@ -42,11 +39,11 @@ class DeepExtractor:
     def _inputs(self, batch: ImageBatch, scale: float) -> list[Pixels]:
         side = self._spec.side(scale)
         if self._spec.fit == "stretch":
-            return [_resized(image, side, side) for image in batch.images]
+            return [resized(image, side, side) for image in batch.images]
         originals = batch.sizes.max(axis=1) if len(batch) else batch.sizes
         # Scale 1 of a picture smaller than `size` is the picture itself.
         sides = [min(side, max(1, round(int(original) * scale))) for original in originals]
-        return [_scaled(image, longest) for image, longest in zip(batch.images, sides, strict=True)]
+        return [scaled(image, longest) for image, longest in zip(batch.images, sides, strict=True)]
 
     def _pooled(self, images: Sequence[Pixels]) -> Floats:
         """l2-normalised pooled maps (N, D) of images of any shapes."""
@@ -82,21 +79,6 @@ class DeepExtractor:
                 f"extractor.size: {where} fails: {error}. Choose sizes, scales and a fit that the network takes "
                 "(multiple_of: 14 for patches of 14 pixels), or pass it backbone_args such as img_size"
             ) from error
-
-
-def _resized(image: Pixels, height: int, width: int) -> Pixels:
-    """The image at that size, by Pillow's antialiased bilinear filter; the same pixels where it has it already."""
-    if image.shape[:2] == (height, width):
-        return image
-    resized: Pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    return resized
-
-
-def _scaled(image: Pixels, longest: int) -> Pixels:
-    """The image with that longest side, its aspect ratio kept but for very narrow pictures."""
-    height, width = image.shape[:2]
-    factor = longest / max(height, width)
-    return _resized(image, max(SMALLEST_SIDE, round(height * factor)), max(SMALLEST_SIDE, round(width * factor)))
 
 
 def _groups(images: Sequence[Pixels], most: int) -> Iterator[list[int]]:

@@ -1,0 +1,102 @@
+"""MSER boxes: regions that stay the same while a threshold on brightness moves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+import cv2
+import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from cbir.features.regions.proposer import ProposerSpec, in_original_pixels, regions_of, with_whole
+from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
+
+__all__ = ["Mser"]
+
+SMALLEST_SIDE = 3
+"""Pixels; OpenCV takes no smaller images."""
+
+NO_DIVERSITY = 0.0
+"""OpenCV 5 drops isolated objects for any other value; boxes that hardly differ are removed here by their overlap."""
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Mser(ProposerSpec):
+    """Boxes of maximally stable extremal regions (Matas et al. 2002), bright and dark, the largest first.
+
+    They are sought in the grey image of at most `size` pixels. Of boxes that overlap by more than `iou` (area of the
+    intersection by that of the union) only the largest stays.
+    """
+
+    name: Literal["mser"] = "mser"
+    paper: ClassVar[str] = "Matas et al., Robust wide baseline stereo from maximally stable extremal regions, BMVC 2002"
+
+    delta: PositiveInt = Field(default=5, description="grey levels over which a region has to be stable")
+    max_variation: PositiveFloat = Field(default=0.25, description="the largest relative change of area over delta")
+    min_area: Share = Field(default=0.01, description="area of the smallest region, as a share of the image's")
+    max_area: Share = Field(default=0.5, description="area of the largest region, as a share of the image's")
+    iou: Share = Field(default=0.7, description="the largest overlap with a larger box")
+    max_boxes: PositiveInt = Field(default=20, description="the most boxes, besides the whole image")
+    size: PositiveInt = Field(default=480, description="the longest side in pixels, never enlarged")
+    whole: bool = Field(default=True, description="the whole image as first box")
+
+    @model_validator(mode="after")
+    def _areas_are_a_range(self) -> Self:
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area: {self.min_area:g} is more than max_area: {self.max_area:g}; set less")
+        return self
+
+    def build(self, device: str, assets: Mapping[str, Path]) -> "MserProposer":  # noqa: ARG002 - runs on the CPU
+        """A proposer on the CPU, whatever the device."""
+        return MserProposer(self)
+
+
+class MserProposer:
+    """OpenCV's MSER, its boxes in an order that only the pixels determine."""
+
+    def __init__(self, spec: Mser) -> None:
+        self._spec = spec
+
+    def propose(self, batch: ImageBatch) -> Regions:
+        """The boxes of every image, by falling area."""
+        return regions_of([self._of(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
+
+    def _of(self, image: Pixels, size: Int32s) -> Floats:
+        spec, grey = self._spec, _shrunk(image, self._spec.size)
+        boxes = in_original_pixels(self._detected(grey), grey.shape, size)
+        return with_whole(_distinct(boxes, spec.iou)[: spec.max_boxes], size, first=spec.whole)
+
+    def _detected(self, grey: Pixels) -> Array:
+        if min(grey.shape) < SMALLEST_SIDE:
+            return np.empty((0, 4))
+        least, most = (max(1, round(share * grey.size)) for share in (self._spec.min_area, self._spec.max_area))
+        mser = cv2.MSER.create(self._spec.delta, least, most, self._spec.max_variation, NO_DIVERSITY)
+        _, found = mser.detectRegions(grey)
+        left, top, width, height = np.asarray(found, np.int64).reshape(-1, 4).T
+        return np.stack([left, top, left + width, top + height], axis=1)
+
+
+def _shrunk(image: Pixels, longest: int) -> Pixels:
+    """The grey image with its longest side at most so many pixels."""
+    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    height, width = grey.shape
+    ratio = longest / max(height, width)
+    if ratio >= 1:
+        return np.asarray(grey, np.uint8)
+    shape = max(1, round(width * ratio)), max(1, round(height * ratio))
+    return np.asarray(cv2.resize(grey, shape, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _distinct(boxes: Array, iou: float) -> Array:
+    """Boxes (R, 4) by falling area (ties by their edges) without those that overlap an earlier one by more than iou."""
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    order = np.lexsort((*boxes.T, -areas))
+    boxes, areas = boxes[order], areas[order]
+    kept: list[int] = []
+    for i, box in enumerate(boxes):
+        sides = np.minimum(boxes[kept, 2:], box[2:]) - np.maximum(boxes[kept, :2], box[:2])
+        shared = np.maximum(sides, 0).prod(axis=1)
+        if (shared <= iou * (areas[kept] + areas[i] - shared)).all():
+            kept.append(i)
+    return boxes[kept]

@@ -1,0 +1,46 @@
+"""An extractor with a mask and a proposer around it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cbir.features.describer import Describer
+from cbir.features.regions.grid import Grid
+from cbir.features.sift import Sift
+from cbir.types import ImageBatch
+from tests.features.test_conformance import PICTURES, batch
+
+
+@dataclass(frozen=True)
+class LeftHalf:
+    def masks(self, images: ImageBatch) -> list[np.ndarray]:
+        return [np.array([[1, 0]], np.float32)] * len(images)
+
+
+SIFT = Sift(max_features=50).build("cpu", {})
+
+
+def test_alone_it_adds_the_sizes_of_the_originals():
+    images = batch(PICTURES)
+    features, plain = Describer(SIFT).describe(images), SIFT.extract(images)
+    assert features.descriptors.tobytes() == plain.descriptors.tobytes()
+    assert np.array_equal(features.sizes, images.sizes)
+    assert features.regions is None
+
+
+def test_the_mask_drops_features_and_the_proposer_adds_regions():
+    images = batch(PICTURES)
+    plain = SIFT.extract(images)
+    features = Describer(SIFT, LeftHalf(), 0.5, Grid().build("cpu", {})).describe(images)
+    assert np.array_equal(np.diff(features.regions.offsets), [14] * len(images))
+    for i, (_, width) in enumerate(images.sizes):
+        every = plain.geometry[plain.rows(i)]
+        left = every[every[:, 0] + 0.5 < width / 2]
+        assert 0 < len(left) < len(every)
+        assert np.array_equal(features.geometry[features.rows(i)], left)
+
+
+def test_no_images():
+    features = Describer(SIFT, LeftHalf(), 0.5, Grid().build("cpu", {})).describe(batch([]))
+    assert len(features) == 0
+    assert features.regions.boxes.shape == (0, 4)
