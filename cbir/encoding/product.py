@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cbir.errors import DataError
 from cbir.types import Array
 
-__all__ = ["Float64s", "ReproducibleProduct"]
+__all__ = ["Float64s", "ReproducibleProduct", "check_dim"]
 
 Float64s = npt.NDArray[np.float64]
 
@@ -50,12 +50,16 @@ class ReproducibleProduct:
 
     def check(self, rows: Array) -> None:
         """DataError if the rows have another D than the matrix."""
-        dim = len(self._transposed)
-        if rows.shape[1] != dim:
-            raise DataError(
-                f"these features have D = {rows.shape[1]}, but the encoder was trained on D = {dim}; "
-                "train it again, or use the extractor and the encoders that it was trained with"
-            )
+        check_dim(rows, len(self._transposed))
+
+
+def check_dim(rows: Array, dim: int) -> None:
+    """DataError if the rows (n, D) have another D than an encoder was trained on."""
+    if rows.shape[1] != dim:
+        raise DataError(
+            f"these features have D = {rows.shape[1]}, but the encoder was trained on D = {dim}; "
+            "train it again, or use the extractor and the encoders that it was trained with"
+        )
 
 
 def _fixed_point(rows: Array) -> tuple[Float64s, npt.NDArray[np.int32]]:

@@ -1,0 +1,144 @@
+"""How fast large codebooks are trained and searched beside faiss and asmk, on RootSIFT of real photographs; prints two
+Markdown tables.
+
+Run: python tests/benchmarks/bench_codebook.py [--images 1200] [--words 65536]
+
+The photographs are found through CBIR_TEST_DATA. Rows to look up are those of images that no codebook was trained on.
+One thread; times are processor times, and all candidates of a table take turns.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported
+
+import cv2
+import faiss
+import numpy as np
+from asmk.codebook import Codebook as AsmkCodebook
+from asmk.index import FaissL2Index
+
+from cbir.encoding.assigners import ExactAssigner
+from cbir.encoding.rootsift import RootSift
+from cbir.encoding.vocabulary import Vocabulary
+from cbir.features.sift import Sift
+from cbir.images import Limits, decode
+from cbir.types import ImageBatch
+
+DATA = Path(os.environ.get("CBIR_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+HELD_OUT_IMAGES, LOOK_UPS, TEST_ROWS, ROUNDS = 60, 1000, 10000, 5
+TRAINED_WORDS, TRAINING_ROWS = 8192, 200_000
+SETTINGS = Sift(size=640)
+
+Lookup = Callable[[np.ndarray], np.ndarray]
+
+
+def descriptors(num_images: int) -> list[np.ndarray]:
+    """SIFT of each of that many photographs, drawn by a seed."""
+    files = sorted(path for path in (DATA / "photos").glob("*/images/**/*") if path.is_file())
+    order = np.random.default_rng(0).permutation(len(files))[:num_images]
+    extractor, found = SETTINGS.build("cpu", {}), []
+    for at in order:
+        decoded = decode(files[at].read_bytes(), SETTINGS.view, Limits())
+        if hasattr(decoded, "pixels"):
+            batch = ImageBatch(np.zeros(1, np.int64), [decoded.pixels], np.array([decoded.size], np.int32))
+            found.append(extractor.extract(batch).descriptors)
+    return found
+
+
+def rootsift(rows: np.ndarray) -> np.ndarray:
+    blocks = np.array_split(rows, len(rows) // 10000 + 1)
+    return np.concatenate([RootSift().transform(block).astype(np.float32) for block in blocks])
+
+
+def measured(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor seconds, and the result."""
+    start = time.process_time()
+    result = run()
+    return time.process_time() - start, result
+
+
+def of_faiss(rows: np.ndarray, iterations: int) -> np.ndarray:
+    most = {"min_points_per_centroid": 1, "max_points_per_centroid": 256}
+    kmeans = faiss.Kmeans(rows.shape[1], TRAINED_WORDS, niter=iterations, seed=1, **most)
+    kmeans.train(rows)
+    return np.asarray(kmeans.centroids)
+
+
+def training_table(rows: np.ndarray, test: np.ndarray) -> None:
+    runs: dict[str, Callable[[], np.ndarray]] = {"faiss.Kmeans, 10 iterations": lambda: of_faiss(rows, 10)}
+    for iterations in (0, 1, 2, 5):
+        runs[f"Vocabulary, {iterations} iterations"] = lambda iterations=iterations: (
+            Vocabulary.train(rows, TRAINED_WORDS, iterations, 1, "ivf").centroids
+        )
+    print(f"\nTraining {TRAINED_WORDS:,} words on {len(rows):,} rows\n")
+    print("| | processor s | times less | mean squared error of other images | beside faiss |")
+    print("|---|---|---|---|---|")
+    base_seconds = base_error = 0.0
+    for name, run in runs.items():
+        seconds, centroids = measured(run)
+        error = float(ExactAssigner(centroids).nearest(test, 1)[1].mean())
+        base_seconds, base_error = base_seconds or seconds, base_error or error
+        print(
+            f"| {name} | {seconds:.2f} | {base_seconds / seconds:.1f} | {error:.5f} | {error / base_error - 1:+.2%} |"
+        )
+
+
+def lookups(centroids: np.ndarray) -> dict[str, Lookup]:
+    flat = faiss.IndexFlatL2(centroids.shape[1])
+    flat.add(centroids)
+    codebook = AsmkCodebook(FaissL2Index(), size=len(centroids))
+    codebook.index(centroids)
+    found: dict[str, Lookup] = {
+        "faiss.IndexFlatL2": lambda rows: flat.search(rows, 1)[1],
+        "asmk Codebook.quantize": lambda rows: codebook.quantize(rows, multiple_assignment=1)[1],
+    }
+    for name in ("exact", "hnsw", "ivf"):
+        seconds, vocabulary = measured(lambda name=name: Vocabulary.of(centroids, name))
+        found[f"Vocabulary, {name} (built in {seconds:.1f} s)"] = vocabulary.nearest
+    return found
+
+
+def lookup_table(centroids: np.ndarray, test: np.ndarray) -> None:
+    few = np.ascontiguousarray(test[:LOOK_UPS])
+    candidates = lookups(centroids)
+    exact = ExactAssigner(centroids).nearest(test, 1)[0]
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(ROUNDS):
+        for name, lookup in candidates.items():
+            taken[name].append(measured(lambda lookup=lookup: lookup(few))[0])
+    base = np.median(taken["faiss.IndexFlatL2"])
+    print(f"\nThe nearest of {len(centroids):,} words for {LOOK_UPS:,} rows\n")
+    print(f"| | median processor ms | times as fast | agreement with exact on {len(test):,} rows |")
+    print("|---|---|---|---|")
+    for name, lookup in candidates.items():
+        median = np.median(taken[name])
+        print(f"| {name} | {median * 1e3:.1f} | {base / median:.1f} | {np.mean(lookup(test) == exact):.2%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1200, help="photographs to take descriptors from")
+    parser.add_argument("--words", type=int, default=65536, help="size of the codebook that is searched")
+    chosen = parser.parse_args()
+    cv2.setNumThreads(1)
+    faiss.omp_set_num_threads(1)
+    images = descriptors(chosen.images)
+    rng = np.random.default_rng(1)
+    held_out = rootsift(np.concatenate(images[:HELD_OUT_IMAGES]))
+    test = held_out[np.sort(rng.choice(len(held_out), min(TEST_ROWS, len(held_out)), replace=False))]
+    rows = np.concatenate(images[HELD_OUT_IMAGES:])
+    some = rootsift(rows[np.sort(rng.choice(len(rows), min(TRAINING_ROWS, len(rows)), replace=False))])
+    Vocabulary.train(some[:2000], 1024, 1, 0, "hnsw").nearest(test)  # compiles the loops
+    training_table(some, test)
+    seconds, vocabulary = measured(lambda: Vocabulary.train(rootsift(rows), chosen.words, 2, 1, "ivf"))
+    print(f"\n{chosen.words:,} words on {len(rows):,} rows, 2 iterations: {seconds:.0f} processor s")
+    lookup_table(vocabulary.centroids, rng.permutation(test))
+
+
+if __name__ == "__main__":
+    main()
