@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     Field,
@@ -25,23 +25,42 @@ from cbir._yaml import put, read_yaml
 from cbir.collection import InputSpec
 from cbir.encoding.encoder import EncoderSpec
 from cbir.errors import ConfigError
+from cbir.features.describer import Describer
 from cbir.features.extractor import ExtractorSpec
+from cbir.features.masks.mask import MaskSpec
+from cbir.features.regions.proposer import ProposerSpec
 from cbir.images import Limits
 from cbir.index.index import IndexSpec
 from cbir.rerank.reranker import FusionSpec, RerankerSpec
 from cbir.spec import Spec, methods, nearest, one_of
 
-__all__ = ["Channel", "Config", "Evaluate", "Pool", "Pools", "Sample", "Search", "load_config", "parse_config"]
+__all__ = [
+    "Channel",
+    "Config",
+    "Evaluate",
+    "Pool",
+    "Pools",
+    "Sample",
+    "Search",
+    "assets_of",
+    "load_config",
+    "parse_config",
+]
 
 if TYPE_CHECKING:
     Extractor = ExtractorSpec
+    Proposer = ProposerSpec
+    Mask = MaskSpec
     Encoder = EncoderSpec
     Index = IndexSpec
     Reranker = RerankerSpec
     Fusion = FusionSpec
 else:
     Extractor, Encoder, Index = one_of("extractor"), one_of("encoder"), one_of("index")
+    Proposer, Mask = one_of("proposer"), one_of("mask")
     Reranker, Fusion = one_of("reranker"), one_of("fusion")
+
+T = TypeVar("T")
 
 ChannelName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -51,12 +70,61 @@ class Channel(Spec):
 
     extractor: Extractor
     """From pixels to features."""
+    mask: Mask | None = None
+    """What of an image is wanted, of queries too: local features elsewhere are dropped."""
+    proposer: Proposer | None = None
+    """Which boxes of an indexed image may be objects, for encoders and indexes that look at regions."""
     encoders: tuple[Encoder, ...] = ()
     """From features to what the index holds: one after the other, in this order."""
     index: Index
     """How the results of the encoders are stored and compared."""
     keep_features: bool = False
     """Publish the extractor's features beside the index, for rerankers that need them."""
+    keep_signatures: bool = False
+    """Publish words, short codes and places of the features beside an inverted index, for verification by words."""
+
+    @property
+    def assets(self) -> dict[str, str]:
+        """Files that it needs: those of the extractor by field, of mask and proposer by `mask.field`."""
+        methods = {"": self.extractor, "mask.": self.mask, "proposer.": self.proposer}
+        return {
+            prefix + field: uri
+            for prefix, method in methods.items()
+            if method is not None
+            for field, uri in method.assets.items()
+        }
+
+    def describer(self, device: str, assets: Mapping[str, Path], *, regions: bool = True) -> Describer:
+        """What makes its features of decoded images, on a torch device, with its assets as local files.
+
+        Without `regions`, as for queries, nothing is proposed, and the assets of the proposer are not needed.
+        """
+        extractor = self.extractor.build(device, assets_of("extractor", assets))
+        mask, proposer = self.mask, self.proposer if regions else None
+        return Describer(
+            extractor,
+            mask.build(device, assets_of("mask", assets)) if mask else None,
+            mask.threshold if mask else 0.0,
+            proposer.build(device, assets_of("proposer", assets)) if proposer else None,
+        )
+
+    @model_validator(mode="after")
+    def _masks_and_regions_are_of_local_features(self) -> Self:
+        for place, method in (("mask", self.mask), ("proposer", self.proposer)):
+            if method is not None and not self.extractor.local:
+                raise ValueError(
+                    f"{place}: needs local features, but {self.extractor.name} has one descriptor per image; "  # type: ignore[attr-defined]
+                    "remove it, or use a local extractor such as sift"
+                )
+        readers: dict[str, EncoderSpec | IndexSpec] = {"index": self.index}
+        readers |= {f"encoders.{position}": encoder for position, encoder in enumerate(self.encoders)}
+        for place, reader in readers.items():
+            if reader.needs_regions and self.proposer is None:
+                raise ValueError(
+                    f"{place}: {reader.name} looks at the regions of an image, but nothing proposes any; "  # type: ignore[union-attr]
+                    "add proposer: {name: grid} or another one to the channel"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_descriptor_per_image(self) -> Self:
@@ -68,12 +136,27 @@ class Channel(Spec):
                     f"descriptor per image; remove it, or use a local extractor such as sift"
                 )
             is_local = is_local and not encoder.aggregates
-        if is_local:
+        index = self.index.name  # type: ignore[attr-defined]
+        if is_local and not self.index.local:
             raise ValueError(
-                "encoders: the index holds one descriptor per image, but nothing aggregates the local features of "
-                f"{self.extractor.name}; add an encoder such as {{name: vlad}}"  # type: ignore[attr-defined]
+                f"encoders: the index {index} holds one descriptor per image, but nothing aggregates the local "
+                f"features of {self.extractor.name}; add an encoder such as {{name: vlad}}, or use an inverted "  # type: ignore[attr-defined]
+                "index such as {name: asmk}"
             )
+        if self.index.local and not is_local:
+            raise ValueError(
+                f"index: {index} holds the local features of an image, but here there is one descriptor per image; "
+                "use the index flat or ivfpq, or a local extractor without an aggregating encoder"
+            )
+        if self.keep_signatures and not self.index.local:
+            raise ValueError(f"keep_signatures: the index {index} has no visual words; use keep_features instead")
         return self
+
+
+def assets_of(role: str, assets: Mapping[str, T]) -> dict[str, T]:
+    """Those of the extractor, mask or proposer by field, of assets that are named as by `Channel.assets`."""
+    prefix = "" if role == "extractor" else f"{role}."
+    return {name[len(prefix) :]: asset for name, asset in assets.items() if name.rpartition(".")[0] == prefix[:-1]}
 
 
 class Search(Spec):
@@ -219,13 +302,19 @@ class Config(Spec):
         if channel is None:
             hint = nearest(reranker.channel, self.channels)
             raise ValueError(f"{path}.channel: no channel {reranker.channel!r}{hint}")
-        if not channel.keep_features:
-            raise ValueError(
-                f"{path}: needs the features of its channel; set channels.{reranker.channel}.keep_features: true"
-            )
         if not channel.extractor.local:
             raise ValueError(
                 f"{path}.channel: needs local features, but {reranker.channel!r} has one descriptor per image"
+            )
+        if reranker.reads == "signatures" and not channel.index.local:
+            raise ValueError(
+                f"{path}: matches features by their visual words, but the index of {reranker.channel!r} has none; use "
+                "an inverted index such as {name: asmk}, or matches: ratio"
+            )
+        if reranker.reads is not None and not getattr(channel, f"keep_{reranker.reads}"):
+            raise ValueError(
+                f"{path}: needs the {reranker.reads} of its channel; set "
+                f"channels.{reranker.channel}.keep_{reranker.reads}: true"
             )
 
 
@@ -254,6 +343,11 @@ def parse_config(data: Mapping[str, Any], place: str) -> Config:
 
 _ROLES = {
     "extractor": "extractor",
+    "detector": "detector",
+    "descriptor": "descriptor",
+    "mask": "mask",
+    "proposer": "proposer",
+    "encoder": "encoder",
     "encoders": "encoder",
     "index": "index",
     "fuse": "fusion",

@@ -57,8 +57,15 @@ class PartitionLayout:
     num_images: int
     ids: str
     quarantine: str
-    indexes: Mapping[str, str]
+    indexes: Mapping[str, tuple[str, ...]]
     features: Mapping[str, str]
+    signatures: Mapping[str, str]
+
+    @property
+    def keys(self) -> set[str]:
+        """Every file of the partition."""
+        indexes = {key for keys in self.indexes.values() for key in keys}
+        return {self.ids, self.quarantine, *indexes, *self.features.values(), *self.signatures.values()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,12 @@ class Layout:
             name: ChannelLayout(**{**channel, "encoders": tuple(channel["encoders"])})
             for name, channel in data["channels"].items()
         }
-        return cls(channels, tuple(PartitionLayout(**partition) for partition in data["partitions"]))
+        return cls(channels, tuple(_partition(partition) for partition in data["partitions"]))
+
+
+def _partition(data: Mapping[str, Any]) -> PartitionLayout:
+    indexes = {name: tuple(keys) for name, keys in data["indexes"].items()}
+    return PartitionLayout(**{**data, "indexes": indexes})
 
 
 def partition_bounds(num_partitions: int) -> list[tuple[int, int]]:
@@ -146,7 +158,7 @@ class FeatureFile:
         counts, sizes = np.zeros(len(image_ids), np.int64), np.zeros((len(image_ids), 2), np.int32)
         counts[found], sizes[found] = held.counts, held.sizes
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry, sizes)
+        return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry, sizes, words=held.words)
 
 
 def _mapped(path: Path) -> pa.Table:

@@ -8,8 +8,9 @@ for result in searcher.search("picture.jpg", depth=10):
 import functools
 import io
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,11 +21,11 @@ from safetensors.numpy import load as load_safetensors
 from cbir.artifacts import StoredFile
 from cbir.collection import Place, read_place
 from cbir.config import Channel, Config, parse_config
-from cbir.encoding.encoder import Encoder
+from cbir.encoding.encoder import AsymmetricEncoder, Encoder
 from cbir.errors import ArtifactError, DataError
 from cbir.images import BadImage, Decoded, Limits, View, decode
-from cbir.index.index import SearchIndex
-from cbir.layout import FeatureFile, IdMap, Layout, PartitionLayout
+from cbir.index.index import Index, SearchIndex
+from cbir.layout import ChannelLayout, FeatureFile, IdMap, Layout, PartitionLayout
 from cbir.storage import Store, open_store
 from cbir.types import FeatureBatch, Hits, ImageBatch, Int64s
 from cbir.versions import Manifest, Versions
@@ -83,6 +84,10 @@ class PartitionLike(Protocol):
         """Stored features of these images of this partition."""
         ...
 
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored signatures of these images of this partition."""
+        ...
+
     def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
         """The rows of the id map of these images."""
         ...
@@ -99,9 +104,10 @@ class Partition:
         self.low, self.high = layout.low, layout.high
         self.ids = IdMap(files.path(layout.ids))
         self.indexes: dict[str, SearchIndex] = {
-            name: config.channels[name].index.load(files.path(key)) for name, key in layout.indexes.items()
+            name: config.channels[name].index.load(*map(files.path, keys)) for name, keys in layout.indexes.items()
         }
         self._features = {name: FeatureFile(files.path(key)) for name, key in layout.features.items()}
+        self._signatures = {name: FeatureFile(files.path(key)) for name, key in layout.signatures.items()}
 
     def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
         """Hits by channel for encoded queries by channel."""
@@ -110,6 +116,10 @@ class Partition:
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """Stored features of these images, in this order."""
         return self._features[channel].read(image_ids)
+
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored signatures of these images, in this order."""
+        return self._signatures[channel].read(image_ids)
 
     def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
         """The rows of the id map of these images, in this order."""
@@ -127,30 +137,44 @@ class QueryEncoder:
     def __init__(self, config: Config, layout: Layout, files: LocalFiles, device: str = "cpu") -> None:
         self._channels = config.channels
         self._limits = config.limits
-        self._extractors = {
-            name: channel.extractor.build(
-                device, {field: files.path(key) for field, key in layout.channels[name].assets.items()}
-            )
+        self._describers = {
+            name: channel.describer(device, _query_assets(layout.channels[name], files), regions=False)
             for name, channel in config.channels.items()
         }
         self._encoders: dict[str, list[Encoder]] = {
             name: restore_encoders(channel, layout.channels[name].encoders, files)
             for name, channel in config.channels.items()
         }
+        self._indexes: dict[str, Index] = {
+            name: channel.index.restore(files.state(layout.channels[name].index))
+            for name, channel in config.channels.items()
+            if channel.index.encodes_queries
+        }
 
     def extract(self, pictures: Sequence[bytes], boxes: Sequence[Box | None]) -> dict[str, FeatureBatch]:
         """Raw features of the pictures by channel; DataError for a picture that cannot be decoded."""
         return {
-            name: self._extract(name, self._decoded(pictures, boxes, channel.extractor.view))
+            name: self._describers[name].describe(self._decoded(pictures, boxes, channel.extractor.view))
             for name, channel in self._channels.items()
         }
 
-    def _extract(self, channel: str, batch: ImageBatch) -> FeatureBatch:
-        return replace(self._extractors[channel].extract(batch), sizes=batch.sizes)
-
     def encode(self, features: Mapping[str, FeatureBatch]) -> dict[str, FeatureBatch]:
-        """The form in which the index holds features, by channel."""
-        return {name: encode_all(self._encoders[name], batch) for name, batch in features.items()}
+        """The form in which partitions are asked, by channel."""
+        return {name: self._query(name, batch) for name, batch in features.items()}
+
+    def _query(self, channel: str, batch: FeatureBatch) -> FeatureBatch:
+        for encoder in self._encoders[channel]:
+            if isinstance(encoder, AsymmetricEncoder):
+                batch = encoder.encode_queries(batch)
+            else:
+                batch = encoder.encode(batch)
+        index = self._indexes.get(channel)
+        return batch if index is None else index.queries(batch)
+
+    def signatures(self, channel: str, features: FeatureBatch) -> FeatureBatch:
+        """Words and codes of raw features, each with as many words as the index assigns to queries."""
+        encoded = encode_all(self._encoders[channel], features)
+        return self._indexes[channel].signatures(encoded, self._channels[channel].index.query_words)
 
     def _decoded(self, pictures: Sequence[bytes], boxes: Sequence[Box | None], view: View) -> ImageBatch:
         images = [
@@ -162,6 +186,11 @@ class QueryEncoder:
             [image.pixels for image in images],
             np.array([image.size for image in images], np.int32).reshape(-1, 2),
         )
+
+
+def _query_assets(channel: ChannelLayout, files: LocalFiles) -> dict[str, Path]:
+    """Local files of what sees queries; boxes are proposed in indexed images only."""
+    return {name: files.path(key) for name, key in channel.assets.items() if not name.startswith("proposer.")}
 
 
 def restore_encoders(channel: Channel, keys: Sequence[str], files: LocalFiles) -> list[Encoder]:
@@ -215,14 +244,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map, and
-    the version that all of them come from."""
+    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map, the
+    version that all of them come from, the hits before they were re-ranked, and the seconds that re-ranking took."""
 
     hits: Hits
     by_channel: Mapping[str, Hits]
     query_features: Mapping[str, FeatureBatch]
     records: Mapping[int, Mapping[str, Any]]
     version: int
+    candidates: Hits
+    rerank_seconds: float
 
     def results(self, query: int) -> list[Result]:
         """The ranked results of one query."""
@@ -271,12 +302,14 @@ class Searcher:
         """The same for raw features of the queries by channel."""
         candidates = max(depth, self.config.search.depth)
         by_channel = self.channel_hits(self.encoder.encode(raw), candidates)
-        hits = self._fusion.fuse(by_channel, candidates) if self._fusion else next(iter(by_channel.values()))
-        context = _Context(raw, self)
+        fused = self._fusion.fuse(by_channel, candidates) if self._fusion else next(iter(by_channel.values()))
+        hits, context, begun = fused, _Context(raw, self), time.perf_counter()
         for reranker in self._rerankers:
             hits = reranker.rerank(hits, context)
-        best = Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
-        return Answer(best, by_channel, raw, self._records(best.image_ids), self.manifest.version)
+        seconds = time.perf_counter() - begun
+        best = _first(hits, depth)
+        records = self._records(best.image_ids)
+        return Answer(best, by_channel, raw, records, self.manifest.version, _first(fused, depth), seconds)
 
     def channel_hits(self, encoded: Mapping[str, FeatureBatch], depth: int) -> dict[str, Hits]:
         """The best `depth` images of each channel over all partitions."""
@@ -285,12 +318,20 @@ class Searcher:
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """Stored features of any images, in this order."""
+        return self._gather([part.features for part in self.partitions], channel, image_ids)
+
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored signatures of any images, in this order."""
+        return self._gather([part.signatures for part in self.partitions], channel, image_ids)
+
+    def _gather(
+        self, readers: Sequence[Callable[[str, Int64s], FeatureBatch]], channel: str, image_ids: Int64s
+    ) -> FeatureBatch:
+        """What the partitions hold of these images, in this order."""
         if not len(image_ids):
-            return self.partitions[0].features(channel, image_ids)
+            return readers[0](channel, image_ids)
         groups = self._by_partition(image_ids)
-        parts = self._ask(
-            [functools.partial(self.partitions[n].features, channel, image_ids[where]) for n, where in groups]
-        )
+        parts = self._ask([functools.partial(readers[n], channel, image_ids[where]) for n, where in groups])
         order = np.argsort(np.concatenate([where for _, where in groups]), kind="stable")
         return FeatureBatch.concatenate(parts).take(order)
 
@@ -332,6 +373,16 @@ class _Context:
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         return self.searcher.features(channel, image_ids)
+
+    def query_signatures(self, channel: str) -> FeatureBatch:
+        return self.searcher.encoder.signatures(channel, self.raw[channel])
+
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        return self.searcher.signatures(channel, image_ids)
+
+
+def _first(hits: Hits, depth: int) -> Hits:
+    return Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
 
 
 def _place(record: Mapping[str, Any]) -> Place:

@@ -68,7 +68,8 @@ class ImageBatch:
 @dataclass(frozen=True)
 class Regions:
     """Boxes in N images: image i owns rows offsets[i] to offsets[i+1] of `boxes` (M, 4) float32: left, top, right and
-    bottom edge in pixels of the upright original; the whole image is a box only where it is listed as one."""
+    bottom edge in pixels of the upright original; the whole image (0, 0, width, height) is a box only where it is
+    listed as one."""
 
     offsets: Int64s
     boxes: Floats
@@ -165,6 +166,24 @@ class FeatureBatch:
         """The rows of image number i."""
         return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
 
+    def members(self, i: int) -> npt.NDArray[np.bool_]:
+        """Which features of image number i lie in which of its regions, by their centres: (regions, features).
+
+        An image without regions is one region. A place on an edge belongs to the box on its right or below; places that
+        an extractor found a little outside of the image count as its rim, so that the whole image holds all features.
+        """
+        num, boxes = int(self.counts[i]), self.regions.of(i) if self.regions is not None else None
+        if boxes is None or not len(boxes):
+            return np.ones((1, num), np.bool_)
+        left, top, right, bottom = boxes.T[:, :, None]
+        # A pixel's centre has whole coordinates in the geometry; boxes count from the edge of the first pixel.
+        x, y = self.geometry[self.rows(i), :2].T + np.float32(0.5)
+        height, width = self.sizes[i].astype(np.float32)
+        if height and width:
+            x, y = (np.clip(place, 0, np.nextafter(side, np.float32(0))) for place, side in ((x, width), (y, height)))
+        inside: npt.NDArray[np.bool_] = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+        return inside
+
     def take(self, indices: Int64s) -> "FeatureBatch":
         """The images with these positions, in this order; positions may repeat."""
         offsets, rows = _taken(self.offsets, indices)
@@ -192,7 +211,10 @@ class FeatureBatch:
             "dim": str(self.descriptors.shape[1]),
             "geometry_columns": str(self.geometry.shape[1]),
             "has_regions": str(int(self.regions is not None)),
+            "has_words": str(int(self.words is not None)),
         }
+        words = self.words if self.words is not None else np.empty(0, np.int32)
+        word_offsets = self.offsets if self.words is not None else np.zeros(len(self) + 1, np.int64)
         regions = self.regions or Regions(np.zeros(len(self) + 1, np.int64), np.empty((0, 4), np.float32))
         columns = [
             pa.array(self.image_ids),
@@ -202,6 +224,7 @@ class FeatureBatch:
             _binary_column(self.descriptors, self.offsets),
             _binary_column(self.geometry, self.offsets),
             _binary_column(regions.boxes, regions.offsets),
+            _binary_column(words[:, None], word_offsets),
         ]
         return pa.record_batch(columns, schema=FEATURES_SCHEMA.with_metadata(metadata))
 
@@ -209,7 +232,7 @@ class FeatureBatch:
     def from_arrow(cls, table: pa.Table | pa.RecordBatch) -> "FeatureBatch":
         """Back from `to_arrow`; other columns of the table are ignored. ArtifactError if it is no table of features."""
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        missing = {"dtype", "dim", "geometry_columns", "has_regions"} - metadata.keys()
+        missing = {"dtype", "dim", "geometry_columns", "has_regions", "has_words"} - metadata.keys()
         if missing:
             raise ArtifactError(
                 f"the table's metadata lacks {', '.join(sorted(missing))}; "
@@ -224,6 +247,7 @@ class FeatureBatch:
             _from_binary(table.column("geometry"), np.dtype(np.float32), int(metadata["geometry_columns"])),
             np.ascontiguousarray(sizes, np.int32),
             _regions_from_arrow(table.column("regions")) if metadata["has_regions"] == "1" else None,
+            _words_from_arrow(table.column("words")) if metadata["has_words"] == "1" else None,
         )
 
 
@@ -236,11 +260,12 @@ FEATURES_SCHEMA = pa.schema(
         pa.field("descriptors", pa.large_binary(), nullable=False),
         pa.field("geometry", pa.large_binary(), nullable=False),
         pa.field("regions", pa.large_binary(), nullable=False),
+        pa.field("words", pa.large_binary(), nullable=False),
     ]
 )
 """One row per image. `descriptors` holds num_features x dim values, row-major and little-endian, in the dtype that the
 schema's metadata names: `np.frombuffer(row["descriptors"], dtype).reshape(-1, dim)`. `geometry` and `regions` (boxes of
-four) likewise in float32."""
+four) likewise in float32, `words` in int32; the last two are empty where the metadata says that there are none."""
 
 
 def _taken(offsets: Int64s, indices: Int64s) -> tuple[Int64s, Int64s]:
@@ -258,6 +283,10 @@ def _joined(offsets: Sequence[Int64s]) -> Int64s:
 
 def _joined_regions(parts: Sequence[Regions]) -> Regions:
     return Regions(_joined([part.offsets for part in parts]), np.concatenate([part.boxes for part in parts]))
+
+
+def _words_from_arrow(column: pa.ChunkedArray | pa.Array) -> Int32s:
+    return _from_binary(column, np.dtype(np.int32), 1).ravel()
 
 
 def _regions_from_arrow(column: pa.ChunkedArray | pa.Array) -> Regions:

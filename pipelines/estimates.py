@@ -1,6 +1,7 @@
 """What a run will need: images, bytes, memory, disk and time, each with the basis of its estimate."""
 
 import itertools
+import math
 import resource
 import tempfile
 import time
@@ -13,10 +14,10 @@ import numpy as np
 from cbir.collection import ImageShard, RawImage, read_images
 from cbir.config import Channel, Config, Pool
 from cbir.errors import DataError
-from cbir.features.extractor import Extractor, ExtractorSpec
+from cbir.features.describer import Describer
 from cbir.images import BadImage, decode
 from cbir.types import FeatureBatch, ImageBatch, image_id
-from pipelines.indexing import plan, read_asset
+from pipelines.indexing import plan, read_assets
 from pipelines.work import limit_threads
 
 __all__ = ["Estimate", "Line", "estimate"]
@@ -124,49 +125,50 @@ def _first_images(config: Config, shard: ImageShard) -> Iterator[RawImage]:
 
 def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -> _Trial:
     """Decode and extract in this process."""
-    extractor = _build(channel.extractor, f"channels.{name}.extractor")
+    describer = _build(channel, f"channels.{name}")
     start = time.perf_counter()
     decoded = [(image.key, decode(image.data or b"", channel.extractor.view, config.limits)) for image in raw]
     good = [(key, result) for key, result in decoded if not isinstance(result, BadImage)]
     size = channel.extractor.batch_size
-    parts = [_no_features(extractor)]
+    parts = [_no_features(describer)]
     for first in range(0, len(good), size):
         some = good[first : first + size]
         ids = np.array([image_id(key) for key, _ in some], np.int64)
         sizes = np.array([result.size for _, result in some], np.int32)
-        parts.append(extractor.extract(ImageBatch(ids, [result.pixels for _, result in some], sizes)))
+        parts.append(describer.describe(ImageBatch(ids, [result.pixels for _, result in some], sizes)))
     seconds = time.perf_counter() - start
     return _trial(channel, FeatureBatch.concatenate(parts), seconds, len(raw))
 
 
-def _build(spec: ExtractorSpec, path: str) -> Extractor:
-    """The extractor on this process's CPU."""
+def _build(channel: Channel, path: str) -> Describer:
+    """Extractor, mask and proposer on this process's CPU."""
     with tempfile.TemporaryDirectory(prefix="cbir-") as folder:
         files = {}
-        for field, uri in spec.assets.items():
-            files[field] = Path(folder) / f"{field}{Path(uri).suffix}"
-            files[field].write_bytes(read_asset(uri, f"{path}.{field}"))
-        return spec.build("cpu", files)
+        for name, suffix, data in read_assets(channel, path):
+            files[name] = Path(folder) / f"{name}{suffix}"
+            files[name].write_bytes(data)
+        return channel.describer("cpu", files)
 
 
-def _no_features(extractor: Extractor) -> FeatureBatch:
-    return extractor.extract(ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32)))
+def _no_features(describer: Describer) -> FeatureBatch:
+    return describer.describe(ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32)))
 
 
 def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int) -> _Trial:
     """What the images cost in features and index entries, by what the encoders' settings say about their output."""
     good = max(len(features), 1)
-    dim, rows = features.descriptors.shape[1], len(features.descriptors)
+    dim, rows = features.descriptors.shape[1], math.ceil(len(features.descriptors) / good)
+    boxes = features.regions.boxes if features.regions is not None else np.empty((0, 4), np.float32)
     for encoder in channel.encoders:
         dim = encoder.output_dim(dim)
-        rows = good if encoder.aggregates else rows
+        rows = math.ceil(len(boxes) / good) if encoder.rows_are_regions else encoder.output_rows(rows)
     return _Trial(
         tried=tried,
         bad=tried - len(features),
         seconds=seconds / tried,
         features=len(features.descriptors) / good,
-        feature_bytes=(features.descriptors.nbytes + features.geometry.nbytes) / good,
-        entry_bytes=rows / good * channel.index.entry_bytes(dim),
+        feature_bytes=(features.descriptors.nbytes + features.geometry.nbytes + boxes.nbytes) / good,
+        entry_bytes=rows * channel.index.entry_bytes(dim),
     )
 
 

@@ -51,11 +51,10 @@ class ExtractTask(Task):
 
     def run(self, worker: Worker) -> Done:
         """Read, decode, extract, write."""
-        spec = self.work.channel.extractor
-        extractor = worker.extractor(spec, self.work.assets)
+        spec, describer = self.work.channel.extractor, worker.describer(self.work)
         writer = ShardWriter(worker.scratch("features.arrow"))
         bad: list[dict[str, Any]] = []
-        num_bytes = num_features = 0
+        num_bytes = num_features = num_regions = 0
         for images in _batches(self._decoded(worker, bad), spec.batch_size):
             batch = ImageBatch(
                 np.array([image_id(raw.key) for raw, _, _ in images], np.int64),
@@ -63,12 +62,16 @@ class ExtractTask(Task):
                 np.array([decoded.size for _, _, decoded in images], np.int32),
             )
             with worker.timer.phase("device"):
-                features = replace(extractor.extract(batch), sizes=batch.sizes)
+                features = describer.describe(batch)
             num_bytes += sum(raw.size for raw, _, _ in images)
             num_features += len(features.descriptors)
+            num_regions += len(features.regions.boxes) if features.regions is not None else 0
             with worker.timer.phase("write"):
                 writer.add(features, [self._row(raw, digest, decoded) for raw, digest, decoded in images])
-        return self._commit(worker, writer, extractor.extract(_NO_IMAGES), bad, num_bytes, num_features)
+        counts = {"features": num_features, "bytes": num_bytes + sum(row["num_bytes"] for row in bad)}
+        if self.work.channel.proposer is not None:
+            counts["regions"] = num_regions
+        return self._commit(worker, writer, describer.describe(_NO_IMAGES), bad, counts)
 
     def _decoded(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[RawImage, bytes, Decoded]]:
         decoder = worker.decoder(self.work.channel.extractor.view, self.limits)
@@ -131,8 +134,7 @@ class ExtractTask(Task):
         writer: ShardWriter,
         empty: FeatureBatch,
         bad: list[dict[str, Any]],
-        num_bytes: int,
-        num_features: int,
+        counts: dict[str, int],
     ) -> Done:
         features, quarantine = worker.scratch("features.parquet"), worker.scratch("quarantine.parquet")
         with worker.timer.phase("write"):
@@ -146,13 +148,15 @@ class ExtractTask(Task):
             "images": ids.num_rows + len(bad),
             "indexed": ids.num_rows,
             "quarantined": len(bad),
-            "features": num_features,
-            "bytes": num_bytes + sum(row["num_bytes"] for row in bad),
+            **counts,
         }
         row_bytes = empty.descriptors.shape[1] * empty.descriptors.itemsize + empty.geometry.shape[1] * 4
-        facts = {"channel": self.work.name, "feature_bytes": num_features * row_bytes}
+        feature_bytes = counts["features"] * row_bytes + counts.get("regions", 0) * _BOX_BYTES
+        facts = {"channel": self.work.name, "feature_bytes": feature_bytes}
         return self.finish(worker, files, counts, facts)
 
+
+_BOX_BYTES = 16
 
 _NO_IMAGES = ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32))
 

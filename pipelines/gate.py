@@ -54,6 +54,8 @@ class EvaluateTask(Task):
     def _recalls(self, worker: Worker, searcher: Searcher) -> dict[str, dict[str, float]]:
         recalls = {}
         for name, train in self.trains.items():
+            if searcher.config.channels[name].index.local:
+                continue  # an inverted file compares exactly what it holds
             probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
             exact = probe_hits(worker, self.builds[name], len(probes))
             recalls[name] = {str(k): value for k, value in ann_recalls(searcher, name, probes, exact).items()}

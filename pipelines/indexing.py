@@ -5,17 +5,17 @@ that are there. Tasks of a stage are independent; a stage starts when the stage 
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from cbir.artifacts import Done, StoredFile, find_done, lease, sha256_of
 from cbir.collection import ImageShard, list_shards
-from cbir.config import Config, Pool
+from cbir.config import Channel, Config, Pool
 from cbir.errors import ArtifactError, CbirError, ConfigError, DataError
-from cbir.features.extractor import ExtractorSpec
 from cbir.layout import ChannelLayout, Layout, PartitionLayout, partition_bounds
 from cbir.spec import fingerprint
 from cbir.storage import Store, open_store
@@ -23,12 +23,25 @@ from cbir.versions import Manifest, Versions, unique_files
 from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
 from pipelines.gate import EvaluateTask, check_ground_truth
-from pipelines.stages import BuildTask, CatalogTask, Extracted, MergeTask, SampleTask, TrainTask
+from pipelines.stages import (
+    BuildTask,
+    CatalogTask,
+    CodebookTask,
+    Extracted,
+    MergeTask,
+    PublishFeaturesTask,
+    SampleTask,
+    TotalsTask,
+    TrainTask,
+)
 from pipelines.work import Asset, ChannelWork, Report, Task
 
 __all__ = ["Progress", "Silent", "index", "plan"]
 
 T = TypeVar("T", bound=Task)
+
+_Part = tuple[int, str, str, int]
+"""A file of a partition: the partition's least id, the channel, the role, and its number among those of this role."""
 
 
 class Progress(Protocol):
@@ -99,22 +112,27 @@ def plan(config: Config) -> list[ImageShard]:
 
 def _channel_work(store: Store, config: Config, name: str) -> ChannelWork:
     channel = config.channels[name]
-    return ChannelWork(name, channel, _stored_assets(store, channel.extractor, f"channels.{name}.extractor"))
+    return ChannelWork(name, channel, _stored_assets(store, channel, f"channels.{name}"))
 
 
-def _stored_assets(store: Store, extractor: ExtractorSpec, path: str) -> dict[str, Asset]:
-    """Copy the files of an extractor into the store, so that a version needs nothing from outside."""
+def _stored_assets(store: Store, channel: Channel, path: str) -> dict[str, Asset]:
+    """Copy the files of a channel into the store, so that a version needs nothing from outside."""
     assets = {}
-    for name, uri in extractor.assets.items():
-        data = read_asset(uri, f"{path}.{name}")
+    for name, suffix, data in read_assets(channel, path):
         digest = sha256_of(data)
-        key = f"assets/{digest}{Path(uri).suffix}"
+        key = f"assets/{digest}{suffix}"
         store.create(key, data)
         assets[name] = Asset(key, digest)
     return assets
 
 
-def read_asset(uri: str, path: str) -> bytes:
+def read_assets(channel: Channel, path: str) -> Iterator[tuple[str, str, bytes]]:
+    """Name (as by `Channel.assets`), file extension and content of the files of the channel at this YAML path."""
+    for name, uri in channel.assets.items():
+        yield name, Path(uri).suffix, _read_asset(uri, f"{path}.{name if '.' in name else f'extractor.{name}'}")
+
+
+def _read_asset(uri: str, path: str) -> bytes:
     """A file that the configuration names, from a local path or a store."""
     folder, _, name = uri.rpartition("/")
     try:
@@ -160,19 +178,20 @@ class _Run:
         }
         trains = self._trains(works, extracted)
         builds = self._builds(works, extracted, trains)
+        totals = self._totals(works, builds)
         bounds = partition_bounds(self._num_partitions(works, extracted, builds))
         everything = [part for parts in extracted.values() for part in parts]
         catalogs = self._stage(
             "catalog", [CatalogTask.of(bound, everything, config.images) for bound in bounds], config.pools.build
         )
-        merges = self._merges(works, extracted, trains, builds, bounds)
+        merges = self._merges(works, extracted, trains, builds, totals, bounds)
         counts = _counts(extracted[works[0].name], catalogs)
         layout = Layout(
             {work.name: _channel_layout(work, trains[work.name]) for work in works},
             tuple(_partition(b, c, merges) for b, c in zip(bounds, catalogs, strict=True)),
         )
         records = [*dones, *trains.values(), *catalogs, *(done for parts in builds.values() for done in parts)]
-        records += merges.values()
+        records += [*totals.values(), *merges.values()]
         return _Built(layout, records, works, counts, builds, trains)
 
     def _trains(self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]) -> dict[str, Done]:
@@ -180,13 +199,29 @@ class _Run:
         config = self.config
         drawn = {work.name: self._sample_tasks(extracted[work.name]) for work in works}
 
-        def task(work: ChannelWork, samples: Sequence[Done]) -> TrainTask:
-            return TrainTask.of(work, drawn[work.name], samples, config.sample.seed, config.evaluate.probes)
+        def task(work: ChannelWork, samples: Sequence[Done], codebook: Done | None = None) -> TrainTask:
+            seed, probes = config.sample.seed, config.evaluate.probes
+            return TrainTask.of(work, drawn[work.name], samples, seed, probes, codebook)
 
-        untrained = [work.name for work in works if find_done(self.store, "train", task(work, ()).fingerprint) is None]
-        samples = self._stage_by_channel("sample", {name: drawn[name] for name in untrained})
-        tasks = [task(work, samples.get(work.name, ())) for work in works]
+        untrained = [work for work in works if find_done(self.store, "train", task(work, ()).fingerprint) is None]
+        samples = self._stage_by_channel("sample", {work.name: drawn[work.name] for work in untrained})
+        books = self._codebooks([work for work in untrained if work.channel.index.has_codebook], drawn, samples)
+        tasks = [task(work, samples.get(work.name, ()), books.get(work.name)) for work in works]
         dones = self._stage("train", tasks, config.pools.build)
+        return {work.name: done for work, done in zip(works, dones, strict=True)}
+
+    def _codebooks(
+        self,
+        works: Sequence[ChannelWork],
+        drawn: Mapping[str, Sequence[SampleTask]],
+        samples: Mapping[str, Sequence[Done]],
+    ) -> dict[str, Done]:
+        """The codebooks of these channels."""
+        if not works:
+            return {}
+        seed = self.config.sample.seed
+        tasks = [CodebookTask.of(work, drawn[work.name], samples[work.name], seed) for work in works]
+        dones = self._stage("codebook", tasks, self.config.pools.build)
         return {work.name: done for work, done in zip(works, dones, strict=True)}
 
     def _sample_tasks(self, extracted: Sequence[Extracted]) -> list[SampleTask]:
@@ -209,20 +244,33 @@ class _Run:
         }
         return self._stage_by_channel("build", tasks)
 
+    def _totals(self, works: Sequence[ChannelWork], builds: Mapping[str, Sequence[Done]]) -> dict[str, Done]:
+        """The statistics over the whole collection, of the channels whose index needs them."""
+        tasks = {w.name: TotalsTask.of(w, builds[w.name]) for w in works if w.channel.index.has_statistics}
+        if not tasks:
+            return {}
+        return dict(zip(tasks, self._stage("totals", list(tasks.values()), self.config.pools.build), strict=True))
+
     def _merges(
         self,
         works: Sequence[ChannelWork],
         extracted: Mapping[str, Sequence[Extracted]],
         trains: Mapping[str, Done],
         builds: Mapping[str, Sequence[Done]],
+        totals: Mapping[str, Done],
         bounds: Sequence[tuple[int, int]],
-    ) -> dict[tuple[int, str], Done]:
-        tasks = {}
-        for work in works:
-            features = [part.done for part in extracted[work.name]] if work.channel.keep_features else []
-            for bound in bounds:
-                task = MergeTask.of(bound, work, trains[work.name], builds[work.name], features)
-                tasks[bound[0], work.name] = task
+    ) -> dict[_Part, Done]:
+        tasks: dict[_Part, Task] = {}
+        for work, bound in itertools.product(works, bounds):
+            made, channel = builds[work.name], work.channel
+            for piece in range(channel.index.pieces):
+                task = MergeTask.of(bound, piece, work, trains[work.name], made, totals.get(work.name))
+                tasks[bound[0], work.name, "index", piece] = task
+            if channel.keep_features:
+                features = [part.done for part in extracted[work.name]]
+                tasks[bound[0], work.name, "features", 0] = PublishFeaturesTask.of(bound, work, "features", features)
+            if channel.keep_signatures:
+                tasks[bound[0], work.name, "signatures", 0] = PublishFeaturesTask.of(bound, work, "signatures", made)
         dones = self._stage("merge", list(tasks.values()), self.config.pools.build)
         return dict(zip(tasks, dones, strict=True))
 
@@ -238,6 +286,8 @@ class _Run:
             total += sum(done.facts["entry_bytes"] for done in builds[work.name])
             if work.channel.keep_features:
                 total += sum(part.done.facts["feature_bytes"] for part in extracted[work.name])
+            if work.channel.keep_signatures:
+                total += sum(done.facts["signature_bytes"] for done in builds[work.name])
         return max(1, math.ceil(total / (self.config.partition_megabytes * 1e6)))
 
     def _stage_by_channel(self, name: str, tasks: Mapping[str, Sequence[Task]]) -> dict[str, list[Done]]:
@@ -303,9 +353,7 @@ class _Run:
 
 def _published(layout: Layout) -> set[str]:
     keys = {key for channel in layout.channels.values() for key in (*channel.encoders, channel.index)}
-    for part in layout.partitions:
-        keys |= {part.ids, part.quarantine, *part.indexes.values(), *part.features.values()}
-    return keys
+    return keys.union(*(part.keys for part in layout.partitions))
 
 
 def _channel_layout(work: ChannelWork, train: Done) -> ChannelLayout:
@@ -314,17 +362,19 @@ def _channel_layout(work: ChannelWork, train: Done) -> ChannelLayout:
     return ChannelLayout(encoders, train.file("index").key, assets)
 
 
-def _partition(bound: tuple[int, int], catalog: Done, merges: Mapping[tuple[int, str], Done]) -> PartitionLayout:
-    mine = {name: done for (low, name), done in merges.items() if low == bound[0]}
+def _partition(bound: tuple[int, int], catalog: Done, merges: Mapping[_Part, Done]) -> PartitionLayout:
+    files: dict[str, dict[str, list[str]]] = {"index": {}, "features": {}, "signatures": {}}
+    for (low, name, role, _), done in merges.items():
+        if low == bound[0]:
+            files[role].setdefault(name, []).append(done.file(role).key)
     return PartitionLayout(
         *bound,
         num_images=catalog.counts["indexed"],
         ids=catalog.file("ids").key,
         quarantine=catalog.file("quarantine").key,
-        indexes={name: done.file("index").key for name, done in mine.items()},
-        features={
-            name: done.file("features").key for name, done in mine.items() if "images_with_features" in done.counts
-        },
+        indexes={name: tuple(keys) for name, keys in files["index"].items()},
+        features={name: keys[0] for name, keys in files["features"].items()},
+        signatures={name: keys[0] for name, keys in files["signatures"].items()},
     )
 
 

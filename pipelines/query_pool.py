@@ -107,6 +107,11 @@ class _RemotePartition:
         batch: FeatureBatch = self._call("features", channel, image_ids)
         return batch
 
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """Stored signatures of these images."""
+        batch: FeatureBatch = self._call("signatures", channel, image_ids)
+        return batch
+
     def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
         """The rows of the id map of these images."""
         rows: list[dict[str, Any]] = self._call("records", image_ids)

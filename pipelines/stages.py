@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +19,19 @@ from cbir.index.index import Index
 from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
 from cbir.search import encode_all
 from cbir.spec import fingerprint
-from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, Int64s
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, Int64s, State
 from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet
 from pipelines.work import ChannelWork, Task, Worker
 
 __all__ = [
     "BuildTask",
     "CatalogTask",
+    "CodebookTask",
     "Extracted",
     "MergeTask",
+    "PublishFeaturesTask",
     "SampleTask",
+    "TotalsTask",
     "TrainTask",
     "probe_hits",
     "seeded_uniform",
@@ -85,6 +88,58 @@ class SampleTask(Task):
 
 
 @dataclass(frozen=True)
+class CodebookTask(Task):
+    """Train the codebook of the index of one channel on the sample of all shards, sorted by image id.
+
+    It depends on few of the index's settings; indexes that differ in others only share it.
+    """
+
+    stage: ClassVar[str] = "codebook"
+    work: ChannelWork
+    samples: tuple[Done, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, work: ChannelWork, made_of: Sequence[SampleTask], samples: Sequence[Done], seed: int) -> "CodebookTask":
+        """The task of one channel; its fingerprint is known before the samples are."""
+        encoders = [encoder.identity() for encoder in work.channel.encoders]
+        sources = sorted(task.fingerprint for task in made_of)
+        identity = fingerprint("codebook", encoders, work.channel.index.codebook_identity(), seed, sources)
+        return cls(f"codebook [{work.name}]", identity, work, tuple(samples), seed)
+
+    def run(self, worker: Worker) -> Done:
+        """Fit the encoders, encode the sample, train."""
+        with worker.timer.phase("read"):
+            sample = _whole_sample(worker, self.work, self.samples)
+        counts = {"images": len(sample), "features": len(sample.descriptors)}
+        with worker.timer.phase("device"):
+            for position, spec in enumerate(self.work.channel.encoders):
+                with _at(f"channels.{self.work.name}.encoders.{position}"):
+                    sample = spec.fit(sample, self.seed).encode(sample)
+            with _at(f"channels.{self.work.name}.index"):
+                state = self.work.channel.index.train_codebook(sample, self.seed)
+        return self.finish(worker, [self.put(worker, "codebook", _packed(state), "safetensors")], counts)
+
+
+def _whole_sample(worker: Worker, work: ChannelWork, samples: Sequence[Done]) -> FeatureBatch:
+    """The sample of all shards by rising image id; DataError if it is empty."""
+    found = [done for done in samples if done.counts["images"]]
+    if not found:
+        raise DataError(
+            f"channel {work.name!r} has no image to train on: every image was quarantined "
+            "(see quarantine.parquet) or the sample is too small (sample.images)"
+        )
+    files = [open_parquet(worker.store, done.file("sample")) for done in found]
+    tables = (file.read(columns=FEATURES_SCHEMA.names) for file in files)
+    sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
+    return sample.take(np.argsort(sample.image_ids, kind="stable"))
+
+
+def _packed(state: State) -> bytes:
+    return save_safetensors({name: np.ascontiguousarray(array) for name, array in state.items()})
+
+
+@dataclass(frozen=True)
 class TrainTask(Task):
     """Train the encoders and the index of one channel on the sample of all shards, sorted by image id."""
 
@@ -93,25 +148,35 @@ class TrainTask(Task):
     samples: tuple[Done, ...]
     seed: int
     probes: int
+    codebook: Done | None
 
     @classmethod
     def of(
-        cls, work: ChannelWork, made_of: Sequence[SampleTask], samples: Sequence[Done], seed: int, probes: int
+        cls,
+        work: ChannelWork,
+        made_of: Sequence[SampleTask],
+        samples: Sequence[Done],
+        seed: int,
+        probes: int,
+        codebook: Done | None = None,
     ) -> "TrainTask":
-        """The task of one channel; its fingerprint is known before the samples are, which a finished task needs not."""
+        """The task of one channel; its fingerprint is known before samples and codebook are, which what is done needs
+        not."""
         sources = sorted(task.fingerprint for task in made_of)
         identity = fingerprint("train", work.training_identity(), work.name, seed, probes, sources)
-        return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes)
+        return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes, codebook)
 
     def run(self, worker: Worker) -> Done:
         """Fit each encoder on what the encoders before it make of the sample, then the index."""
         with worker.timer.phase("read"):
-            sample = self._sample(worker)
+            sample = _whole_sample(worker, self.work, self.samples)
         counts = {"images": len(sample), "features": len(sample.descriptors)}
-        chosen = np.sort(np.argsort(seeded_uniform(sample.image_ids, self.seed + 1), kind="stable")[: self.probes])
+        num = 0 if self.work.channel.index.local else self.probes
+        chosen = np.sort(np.argsort(seeded_uniform(sample.image_ids, self.seed + 1), kind="stable")[:num])
         probes = sample.take(chosen)
         channel, files = self.work.channel, []
-        trained = [*(spec.trained for spec in channel.encoders), channel.index.trained]
+        fits = channel.index.trained if self.codebook is None else channel.index.fits_sample
+        trained = [*(spec.trained for spec in channel.encoders), fits]
         with worker.timer.phase("device"):
             for position, spec in enumerate(channel.encoders):
                 with _at(f"channels.{self.work.name}.encoders.{position}"):
@@ -121,7 +186,7 @@ class TrainTask(Task):
                 sample = encoder.encode(sample) if any(trained[position + 1 :]) else probes
                 files.append(self._put_state(worker, f"encoder-{position}", encoder))
             with _at(f"channels.{self.work.name}.index"):
-                index = channel.index.train(sample, self.seed)
+                index = self._trained_index(worker, sample)
         files.append(self._put_state(worker, "index", index))
         path = worker.scratch("probes.parquet")
         write_parquet(path, pa.Table.from_batches([probes.to_arrow()]))
@@ -129,20 +194,14 @@ class TrainTask(Task):
         return self.finish(worker, files, counts, {"dim": int(probes.descriptors.shape[1])})
 
     def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
-        arrays = {name: np.ascontiguousarray(array) for name, array in trained.state().items()}
-        return self.put(worker, role, save_safetensors(arrays), "safetensors")
+        return self.put(worker, role, _packed(trained.state()), "safetensors")
 
-    def _sample(self, worker: Worker) -> FeatureBatch:
-        found = [done for done in self.samples if done.counts["images"]]
-        if not found:
-            raise DataError(
-                f"channel {self.work.name!r} has no image to train on: every image was quarantined "
-                "(see quarantine.parquet) or the sample is too small (sample.images)"
-            )
-        files = [open_parquet(worker.store, done.file("sample")) for done in found]
-        tables = (file.read(columns=FEATURES_SCHEMA.names) for file in files)
-        sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
-        return sample.take(np.argsort(sample.image_ids, kind="stable"))
+    def _trained_index(self, worker: Worker, sample: FeatureBatch) -> Index:
+        spec = self.work.channel.index
+        if self.codebook is None:
+            return spec.train(sample, self.seed)
+        codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))
+        return spec.finish(codebook, sample, self.seed)
 
 
 @contextlib.contextmanager
@@ -199,24 +258,39 @@ class BuildTask(Task):
     def run(self, worker: Worker) -> Done:
         """Stream the features through the encoders."""
         trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
+        spec = self.work.channel.index
         entries: list[pa.Table] = []
         exact: list[Hits] = []
-        vectors = 0
+        signatures: list[pa.RecordBatch] = []
         for features in self._features(worker):
             with worker.timer.phase("device"):
                 encoded = encode_all(trained.encoders, features)
                 entries.append(trained.index.entries(encoded))
-                if len(trained.probes):
+                if len(trained.probes) and not spec.local:
                     exact.append(exact_search(trained.probes, encoded, self.work.channel.index.metric, PROBE_DEPTH))
-            vectors += len(encoded.descriptors)
+                if self.work.channel.keep_signatures:
+                    signatures.append(trained.index.signatures(encoded).to_arrow())
         table = sorted_table(pa.concat_tables(entries))
         path, probes = worker.scratch("entries.parquet"), worker.scratch("probes.parquet")
         with worker.timer.phase("write"):
             write_parquet(path, table, row_bytes=table.nbytes // max(table.num_rows, 1))
             write_parquet(probes, _hits_table(Hits.merge(exact, PROBE_DEPTH) if exact else _NO_HITS))
-        facts = {"entry_bytes": vectors * self.work.channel.index.entry_bytes(self.train.facts["dim"])}
+        facts = {"entry_bytes": table.num_rows * spec.entry_bytes(self.train.facts["dim"])}
         files = [self.put(worker, "entries", path, "parquet"), self.put(worker, "probe_hits", probes, "parquet")]
-        return self.finish(worker, files, {"images": self.features.counts["indexed"], "vectors": vectors}, facts)
+        if spec.has_statistics:
+            arrays = dict(trained.index.statistics(table))
+            files.append(self.put(worker, "statistics", save_safetensors(arrays), "safetensors"))
+        if signatures:
+            facts["signature_bytes"] = sum(batch.nbytes for batch in signatures)
+            files.append(self._put_signatures(worker, signatures))
+        counts = {"images": self.features.counts["indexed"], "vectors": table.num_rows}
+        return self.finish(worker, files, counts, facts)
+
+    def _put_signatures(self, worker: Worker, batches: Sequence[pa.RecordBatch]) -> StoredFile:
+        table, path = pa.Table.from_batches(batches), worker.scratch("signatures.parquet")
+        with worker.timer.phase("write"):
+            write_parquet(path, table, row_bytes=table.nbytes // max(table.num_rows, 1))
+        return self.put(worker, "signatures", path, "parquet")
 
     def _features(self, worker: Worker) -> Iterator[FeatureBatch]:
         batches = read_features(worker.store, self.features)
@@ -246,6 +320,29 @@ def probe_hits(worker: Worker, builds: Sequence[Done], num_probes: int) -> Hits:
         ids, scores = table.column("image_id").to_numpy(), table.column("score").to_numpy()
         parts.append(Hits(ids.reshape(num_probes, -1), scores.reshape(num_probes, -1)))
     return Hits.merge(parts, PROBE_DEPTH)
+
+
+@dataclass(frozen=True)
+class TotalsTask(Task):
+    """The statistics of all shards of one channel, added up: what every partition is built with."""
+
+    stage: ClassVar[str] = "totals"
+    builds: tuple[Done, ...]
+
+    @classmethod
+    def of(cls, work: ChannelWork, builds: Sequence[Done]) -> "TotalsTask":
+        """The task of one channel."""
+        identity = fingerprint("totals", sorted(done.fingerprint for done in builds))
+        return cls(f"totals [{work.name}]", identity, tuple(builds))
+
+    def run(self, worker: Worker) -> Done:
+        """Exact sums of integers, whatever the order."""
+        totals: dict[str, Any] = {}
+        for done in self.builds:
+            with worker.timer.phase("read"):
+                found = load_safetensors(read_part(worker.store, done.file("statistics")))
+            totals = {name: array + totals.get(name, 0) for name, array in found.items()}
+        return self.finish(worker, [self.put(worker, "totals", save_safetensors(totals), "safetensors")], {})
 
 
 @dataclass(frozen=True)
@@ -331,55 +428,83 @@ def _describe(indexed: pa.Table, ledgers: Sequence[pa.Table], sources: Sequence[
 
 @dataclass(frozen=True)
 class MergeTask(Task):
-    """One partition of one channel from the entries of every shard, and its stored features if they are published."""
+    """One file of the index of one partition and channel, from the entries of every shard."""
 
     stage: ClassVar[str] = "merge"
     low: int
     high: int
+    piece: int
     work: ChannelWork
     train: Done
     builds: tuple[Done, ...]
-    features: tuple[Done, ...]
+    totals: Done | None
 
     @classmethod
     def of(
-        cls, bounds: tuple[int, int], work: ChannelWork, train: Done, builds: Sequence[Done], features: Sequence[Done]
+        cls,
+        bounds: tuple[int, int],
+        piece: int,
+        work: ChannelWork,
+        train: Done,
+        builds: Sequence[Done],
+        totals: Done | None,
     ) -> "MergeTask":
-        """The task of one range of ids; `features` is empty unless the channel publishes them."""
-        parts = [sorted(done.fingerprint for done in dones) for dones in (builds, features)]
-        identity = fingerprint("merge", bounds, train.fingerprint, *parts)
-        return cls(
-            f"partition {bounds[0]:016x} [{work.name}]", identity, *bounds, work, train, tuple(builds), tuple(features)
-        )
+        """The task of one range of ids and one of the `IndexSpec.pieces` of its index."""
+        parts = sorted(done.fingerprint for done in builds)
+        identity = fingerprint("merge", bounds, piece, train.fingerprint, parts)
+        name = f"partition {bounds[0]:016x} [{work.name}]" + (f" part {piece}" if piece else "")
+        return cls(name, identity, *bounds, piece, work, train, tuple(builds), totals)
 
     def run(self, worker: Worker) -> Done:
         """Concatenate the entries, build, save."""
         trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
         with worker.timer.phase("read"):
-            tables = [read_range(worker.store, done.file("entries"), self.low, self.high) for done in self.builds]
-        entries = pa.concat_tables(tables)
+            parts = (done.file("entries") for done in self.builds)
+            tables = (read_range(worker.store, part, self.low, self.high) for part in parts)
+            entries = pa.concat_tables([trained.index.piece(table, self.piece) for table in tables])
+            totals = load_safetensors(read_part(worker.store, self.totals.file("totals"))) if self.totals else None
         path = worker.scratch(f"index.{self.work.channel.index.suffix}")
         with worker.timer.phase("device"):
-            trained.index.build(entries).save(path)
+            trained.index.build(entries, totals).save(path)
         files = [self.put(worker, "index", path, self.work.channel.index.suffix)]
-        counts = {"vectors": entries.num_rows}
-        if self.features:
-            counts["images_with_features"] = self._put_features(worker, files)
-        return self.finish(worker, files, counts)
+        return self.finish(worker, files, {"vectors": entries.num_rows})
 
-    def _put_features(self, worker: Worker, files: list[StoredFile]) -> int:
+
+@dataclass(frozen=True)
+class PublishFeaturesTask(Task):
+    """The features, or the signatures, of the images of one partition, as a file that query actors map."""
+
+    stage: ClassVar[str] = "merge"
+    low: int
+    high: int
+    role: str
+    sources: tuple[Done, ...]
+
+    @classmethod
+    def of(
+        cls,
+        bounds: tuple[int, int],
+        work: ChannelWork,
+        role: Literal["features", "signatures"],
+        sources: Sequence[Done],
+    ) -> "PublishFeaturesTask":
+        """The task of one range of ids; `sources` have a Parquet file of that role each."""
+        identity = fingerprint("publish features", bounds, role, sorted(done.fingerprint for done in sources))
+        return cls(f"{role} {bounds[0]:016x} [{work.name}]", identity, *bounds, role, tuple(sources))
+
+    def run(self, worker: Worker) -> Done:
+        """Concatenate what lies in the range, sort, write."""
         with worker.timer.phase("read"):
-            merged = self._merged_features(worker)
+            merged = self._merged(worker)
         order = np.argsort(merged.image_ids, kind="stable")
         step = 256
         batches = (merged.take(order[start : start + step]) for start in range(0, len(order), step))
-        path = worker.scratch("features.arrow")
+        path = worker.scratch(f"{self.role}.arrow")
         with worker.timer.phase("write"):
             images = FeatureFile.write(path, batches, merged.take(order[:0]))
-        files.append(self.put(worker, "features", path, "arrow"))
-        return images
+        return self.finish(worker, [self.put(worker, self.role, path, "arrow")], {"images": images})
 
-    def _merged_features(self, worker: Worker) -> FeatureBatch:
-        files = [done.file("features") for done in self.features]
+    def _merged(self, worker: Worker) -> FeatureBatch:
+        files = [done.file(self.role) for done in self.sources]
         tables = (read_range(worker.store, file, self.low, self.high, FEATURES_SCHEMA.names) for file in files)
         return FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])

@@ -19,10 +19,11 @@ from typing import Any, ClassVar, TypeVar, cast
 from threadpoolctl import threadpool_limits
 
 from cbir.artifacts import Done, StoredFile, create_done, find_done, put_part, stage_prefix
-from cbir.config import Channel
+from cbir.config import Channel, assets_of
 from cbir.errors import CbirError, StorageError
-from cbir.features.extractor import Extractor, ExtractorSpec
+from cbir.features.describer import Describer
 from cbir.images import Decoder, Limits, View
+from cbir.spec import Method, fingerprint
 from cbir.storage import DISK_FULL, Store, open_store
 
 __all__ = ["Asset", "Report", "Task", "Timer", "Worker", "limit_threads"]
@@ -61,7 +62,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Asset:
-    """A file that an extractor needs, kept in the store by its content, so that a version is self-contained."""
+    """A file that a method needs, kept in the store by its content, so that a version is self-contained."""
 
     key: str
     sha256: str
@@ -96,14 +97,14 @@ class Worker:
             ) from error
         return Report(done, self.timer.seconds, time.perf_counter() - start)
 
-    def extractor(self, spec: ExtractorSpec, assets: Mapping[str, Asset]) -> Extractor:
-        """The working extractor, built at its first use in this process."""
+    def describer(self, work: "ChannelWork") -> Describer:
+        """The working extractor, mask and proposer of a channel, built at their first use in this process."""
 
-        def build() -> Extractor:
-            paths = {name: self.fetch(asset.key, asset.sha256) for name, asset in assets.items()}
-            return spec.build(self.device, paths)
+        def build() -> Describer:
+            paths = {name: self.fetch(asset.key, asset.sha256) for name, asset in work.assets.items()}
+            return work.channel.describer(self.device, paths)
 
-        return self.cached(("extractor", spec.model_dump_json(), *(asset.sha256 for asset in assets.values())), build)
+        return self.cached(("describer", fingerprint(work.extractor_identity())), build)
 
     def decoder(self, view: View, limits: Limits) -> Decoder:
         """The decoder for this view, with its child process, kept between tasks."""
@@ -187,16 +188,21 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class ChannelWork:
-    """A channel as tasks carry it: its name, its settings and the files of its extractor."""
+    """A channel as tasks carry it: its name, its settings and its files, named as by `Channel.assets`."""
 
     name: str
     channel: Channel
     assets: Mapping[str, Asset] = field(default_factory=dict)
 
     def extractor_identity(self) -> dict[str, Any]:
-        """What identifies the extractor: its settings, with the content of its files instead of their paths."""
-        identity = self.channel.extractor.identity()
-        return {**identity, **{name: asset.sha256 for name, asset in self.assets.items()}}
+        """What identifies the extractor, and mask and proposer where there are: their settings, with the content of
+        their files instead of paths."""
+        channel = self.channel
+        more = {spec.role: self._identity(spec) for spec in (channel.mask, channel.proposer) if spec is not None}
+        return {**self._identity(channel.extractor), **more}
+
+    def _identity(self, spec: Method) -> dict[str, Any]:
+        return {**spec.identity(), **{name: asset.sha256 for name, asset in assets_of(spec.role, self.assets).items()}}
 
     def training_identity(self) -> dict[str, Any]:
         """What identifies the encoders and the index."""

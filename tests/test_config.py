@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cbir.config import Config, load_config, parse_config
+from cbir.config import Config, assets_of, load_config, parse_config
 from cbir.errors import ConfigError
 from tests.conftest import PROJECT
 
@@ -146,17 +146,17 @@ class TestMistakes:
             ),
             pytest.param(
                 at("search.rerank.0.name", "ransack"),
-                "search.rerank.0.name: unknown word 'ransack'; did you mean 'ransac'?",
+                "search.rerank.0.name: unknown reranker 'ransack'; did you mean 'ransac'?",
                 id="only-one-method",
             ),
             pytest.param(
                 at("channels.parts.index", {}),
-                "channels.parts.index.name: is missing; known are flat, ivfpq",
+                "channels.parts.index.name: is missing; known are asmk, bm25, bow, flat, he, ivfpq, rasmk, smk",
                 id="no-name",
             ),
             pytest.param(
                 at("channels.parts.index", "flat"),
-                "channels.parts.index: expected a method such as {name: flat}, found 'flat'",
+                "channels.parts.index: expected a method such as {name: asmk}, found 'flat'",
                 id="bare-word",
             ),
             pytest.param(
@@ -225,7 +225,7 @@ class TestMistakes:
             ),
             (
                 at("channels.parts.encoders", [{"name": "rootsift"}]),
-                "channels.parts.encoders: the index holds one descriptor per image, but nothing aggregates",
+                "channels.parts.encoders: the index flat holds one descriptor per image, but nothing aggregates",
             ),
             (at("evaluate.ground_truth", ...), "evaluate.floor.map: can be measured only with evaluate.ground_truth"),
             (at("evaluate.probes", 0), "evaluate.floor.ann_recall: can be measured only with evaluate.probes above 0"),
@@ -355,3 +355,58 @@ def test_the_schema_takes_what_the_parser_takes() -> None:
     for wrong in (fused(images=[]), fused(images=3), fused(workers=-1), fused(extra=1)):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
+
+
+class TestRegionsAndMasks:
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        return fused(channels={"whole": GLOBAL, "parts": {**LOCAL, **changes}})
+
+    def test_come_back_as_they_were(self) -> None:
+        per_region = {"name": "per_region", "encoder": {"name": "vlad", "words": 8}}
+        mask = {"name": "segmentation", "model": "fcn_resnet50", "weights": "a/net.pth"}
+        config = parse_config(self.settings(proposer={"name": "grid"}, mask=mask, encoders=[per_region]), "my.yaml")
+        assert parse_config(config.model_dump(mode="json"), "manifest") == config
+        assert config.channels["parts"].assets == {"mask.weights": "a/net.pth"}
+
+    def test_the_files_of_each_are_told_apart(self) -> None:
+        assets = {"weights": 1, "mask.weights": 2, "proposer.weights": 3, "proposer.more": 4}
+        assert assets_of("extractor", assets) == {"weights": 1}
+        assert assets_of("mask", assets) == {"weights": 2}
+        assert assets_of("proposer", assets) == {"weights": 3, "more": 4}
+
+    @pytest.mark.parametrize("place", ["proposer", "mask"])
+    def test_need_local_features(self, place: str) -> None:
+        methods = {"proposer": {"name": "grid"}, "mask": {"name": "segmentation", "model": "x", "weights": "none"}}
+        data = fused(channels={"whole": {**GLOBAL, place: methods[place]}, "parts": LOCAL})
+        assert f"channels.whole.{place}: needs local features, but deep has one descriptor" in message_of(data)
+
+    def test_an_encoder_of_regions_needs_a_proposer(self) -> None:
+        found = message_of(self.settings(encoders=[{"name": "per_region", "encoder": {"name": "vlad"}}]))
+        assert "channels.parts.encoders.0: per_region looks at the regions of an image, but nothing proposes" in found
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"proposer": {"name": "gird"}}, "parts.proposer.name: unknown proposer 'gird'; did you mean 'grid'?"),
+            (
+                {"proposer": {"name": "grid", "level": [1]}},
+                "parts.proposer: unknown key 'level'; did you mean 'levels'?",
+            ),
+            ({"proposer": "grid"}, "channels.parts.proposer: expected a method such as {name: "),
+            ({"proposer": {"name": "grid", "levels": [0]}}, "parts.proposer.levels.0: Input should be greater than 0"),
+            (
+                {"encoders": [{"name": "per_region", "encoder": {"name": "vlda"}}]},
+                "parts.encoders.0.encoder.name: unknown encoder 'vlda'; did you mean 'vlad'?",
+            ),
+            (
+                {"encoders": [{"name": "per_region", "encoder": {"name": "vlad", "words": "many"}}]},
+                "parts.encoders.0.encoder.words: Input should be a valid integer",
+            ),
+            (
+                {"encoders": [{"name": "per_region", "encoder": {"name": "l2"}}]},
+                "parts.encoders.0.encoder.name: l2 does not make one row of local features",
+            ),
+        ],
+    )
+    def test_mistakes_have_their_path(self, changes: dict[str, Any], message: str) -> None:
+        assert message in message_of(self.settings(**changes))

@@ -162,7 +162,8 @@ class TestOpening:
         store = open_store(one.store)
         manifest = Versions(store).load()
         named = manifest.layout["partitions"][0][part]
-        path = Path(one.store) / (named if part == "ids" else named["local"])
+        own = named if part == "ids" else named["local"]
+        path = Path(one.store) / (own[0] if part == "indexes" else own)
         good = path.read_bytes()
         try:
             if damage == "gone":

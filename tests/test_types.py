@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbir.errors import ArtifactError
-from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, ImageBatch, image_id
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, ImageBatch, Regions, image_id
 
 DTYPES = ["uint8", "float16", "float32", "float64"]
 
@@ -245,3 +245,34 @@ class TestHits:
     def test_refuses_shapes_that_do_not_agree(self, ids, scores):
         with pytest.raises(ValueError, match=r"\(Q, R\)"):
             Hits(np.zeros(ids, np.int64), np.zeros(scores, np.float32))
+
+
+class TestMembers:
+    """Which features lie in which regions of a picture of 100 x 80 pixels."""
+
+    @staticmethod
+    def batch(places, boxes, size=(80, 100)):
+        geometry = np.array([(x, y, 1, 0) for x, y in places], np.float32).reshape(-1, 4)
+        regions = Regions(np.array([0, len(boxes)]), np.array(boxes, np.float32).reshape(-1, 4))
+        offsets, rows = np.array([0, len(geometry)]), np.zeros((len(geometry), 1), np.uint8)
+        return FeatureBatch(np.zeros(1, np.int64), offsets, rows, geometry, np.array([size], np.int32), regions)
+
+    def test_a_box_holds_the_pixels_between_its_edges(self):
+        """The pixels 10 to 19 lie between the edges 10 and 20; a coordinate is that of a pixel's centre."""
+        batch = self.batch([(9, 15), (10, 15), (19, 15), (20, 15), (15, 9), (15, 20)], [(10, 10, 20, 20)])
+        assert batch.members(0).tolist() == [[False, True, True, False, False, False]]
+
+    def test_the_whole_image_holds_also_what_was_found_a_little_outside(self):
+        batch = self.batch([(-0.7, 3), (3, -2), (99.9, 3), (101, 90)], [(0, 0, 100, 80), (50, 40, 100, 80)])
+        assert batch.members(0).tolist() == [[True] * 4, [False, False, False, True]]
+
+    def test_without_a_known_size_places_are_taken_as_they_are(self):
+        batch = self.batch([(-0.7, 3), (99, 3)], [(0, 0, 100, 80)], size=(0, 0))
+        assert batch.members(0).tolist() == [[False, True]]
+
+    def test_an_image_without_regions_is_one_region(self):
+        assert self.batch([(1, 1), (2, 2)], []).members(0).tolist() == [[True, True]]
+        assert make_batch([3]).members(0).tolist() == [[True, True, True]]
+
+    def test_no_features(self):
+        assert self.batch([], [(0, 0, 10, 10)]).members(0).shape == (1, 0)

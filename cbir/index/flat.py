@@ -55,8 +55,9 @@ class Flat(IndexSpec):
         """From D."""
         return FlatIndex(self, int(state["dim"][0]))
 
-    def load(self, path: Path) -> "FlatPartition":
+    def load(self, *paths: Path) -> "FlatPartition":
         """Open a partition memory-mapped; only the ids, 8 bytes per vector, are read into memory."""
+        (path,) = paths
         index = open_mapped(path)
         if not isinstance(index, faiss.IndexIDMap) or not isinstance(
             faiss.downcast_index(index.index), faiss.IndexFlat

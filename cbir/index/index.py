@@ -9,7 +9,7 @@ all shards: `build(entries, statistics(a) + statistics(b))`; so neither shards n
 """
 
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 
@@ -49,6 +49,17 @@ class Index(Protocol):
         """
         ...
 
+    def piece(self, entries: pa.Table, number: int) -> pa.Table:  # noqa: ARG002 - most partitions are one file
+        """Those of the entries that belong in file number `number` of the `IndexSpec.pieces` of a partition."""
+        return entries
+
+    def signatures(self, batch: FeatureBatch, num: int = 1) -> FeatureBatch:
+        """The `num` nearest words of every feature with short codes, for geometric verification.
+
+        ValueError unless it is an index of local features.
+        """
+        raise ValueError(f"{type(self).__name__} has no visual words for {len(batch)} images, {num} a feature")
+
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The form in which partitions are asked: done once per query, however many partitions there are."""
         return batch
@@ -67,10 +78,23 @@ class IndexSpec(Method):
     """The file extension of a partition."""
     local: ClassVar[bool] = False
     """Whether it holds the local features of an image rather than descriptors of whole images or regions."""
+    needs_regions: ClassVar[bool] = False
+    """Whether it looks at the boxes that the channel's proposer finds."""
+    has_statistics: ClassVar[bool] = False
+    """Whether its partitions need totals over the whole collection."""
+    has_codebook: ClassVar[bool] = False
+    """Whether most of its training is a codebook, which is trained by itself so that other settings can share it."""
+    fits_sample: ClassVar[bool] = False
+    """Whether `finish` looks at the sample."""
     encodes_queries: ClassVar[bool] = False
     """Whether `Index.queries` does anything, for which a searcher must hold the trained state."""
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
+
+    @property
+    def query_words(self) -> int:
+        """How many words a feature of a query is assigned to (local indexes)."""
+        return 1
 
     @property
     def trained(self) -> bool:
@@ -81,12 +105,29 @@ class IndexSpec(Method):
         """Train on encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""
         raise NotImplementedError
 
+    def codebook_identity(self) -> dict[str, Any]:
+        """What identifies its codebook, for those that have one: the settings that change it."""
+        raise NotImplementedError
+
+    def train_codebook(self, sample: FeatureBatch, seed: int) -> State:
+        """The codebook of encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""
+        raise NotImplementedError
+
+    def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> Index:
+        """What `train` does after the codebook is there."""
+        raise NotImplementedError
+
     def restore(self, state: State) -> Index:
         """The trained index that had this state."""
         raise NotImplementedError
 
-    def load(self, path: Path) -> SearchIndex:
-        """Open a partition that `SearchIndex.save` wrote, memory-mapped where the format allows it."""
+    @property
+    def pieces(self) -> int:
+        """How many files a partition has; they are built in parallel."""
+        return 1
+
+    def load(self, *paths: Path) -> SearchIndex:
+        """Open a partition from its files, in their order, memory-mapped where the format allows it."""
         raise NotImplementedError
 
     def entry_bytes(self, dim: int) -> int:

@@ -135,8 +135,9 @@ class IvfPq(IndexSpec):
         """From centroids, codebooks and rotation."""
         return IvfPqIndex(self, Quantisers(state.get("rotation"), state["centroids"], state["codebooks"], self.metric))
 
-    def load(self, path: Path) -> "IvfPqPartition":
+    def load(self, *paths: Path) -> "IvfPqPartition":
         """Open a partition memory-mapped: lists stay on the disk until they are searched."""
+        (path,) = paths
         index = open_mapped(path)
         if not isinstance(inverted_file(index), faiss.IndexIVFPQ):
             raise ArtifactError(f"{path}: holds a faiss {type(index).__name__}, expected an IndexIVFPQ")

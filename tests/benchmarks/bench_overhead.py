@@ -2,9 +2,10 @@
 
 `cbir index`, from the start of the command to its end, is held against two plain processes that each take half of the
 shards and do nothing but read, decode, extract, encode and write with the same functions and the codebooks of the
-index (they need not train, merge, catalogue, verify or publish). The runs take turns; medians and ratios of wall time
-and of processor time, which other load on the machine changes less. Real photographs (CBIR_TEST_DATA) if there are
-any, else the demo collection. Then the peak memory of a worker over ten times as many images.
+index (they need not train, merge, catalogue, verify or publish); one such process alone shows what a second processor
+of this machine is worth. The runs take turns; medians and ratios of wall time and of processor time, which other load
+on the machine changes less. Real photographs (CBIR_TEST_DATA) if there are any, else the demo collection. Then the peak
+memory of a worker over ten times as many images.
 """
 
 import json
@@ -215,6 +216,7 @@ def compare_speed(folder: Path, num_images: int, rounds: int) -> None:
             found.setdefault("two workers", []).append(index(two))
             found.setdefault("nothing left to do", []).append(index(two))
             found.setdefault("bare loop", []).append(bare(two))
+            found.setdefault("bare loop, one process", []).append(bare(two, 1))
             found.setdefault("one worker", []).append(index(one))
             for data in (two, one):
                 shutil.rmtree(data["store"])
@@ -233,8 +235,9 @@ def _print_speed(name: str, num_images: int, found: dict[str, list[Cost]]) -> No
         shown = "" if run == "nothing left to do" else f"{num_images / wall:.1f}"
         shares = f"{ratios[0]:.2f} | {ratios[1]:.2f}" if run.endswith(("workers", "worker")) else " | "
         print(f"| {name} | {run} | {wall:.1f} | {shown} | {cpu:.1f} | {shares} |")
-    speedups = [one.wall_s / two.wall_s for one, two in zip(found["one worker"], found["two workers"], strict=True)]
-    print(f"| {name} | two workers against one | {statistics.median(speedups):.2f} x | | | | |", flush=True)
+    for many, single in (("two workers", "one worker"), ("bare loop", "bare loop, one process")):
+        speedups = [one.wall_s / two.wall_s for one, two in zip(found[single], found[many], strict=True)]
+        print(f"| {name} | {many} against one | {statistics.median(speedups):.2f} x | | | | |", flush=True)
 
 
 def compare_memory(folder: Path, num_images: int) -> None:

@@ -111,14 +111,14 @@ def build(
     samples = [worker.do(task).done for task in drawing]
     train = worker.do(TrainTask.of(work, drawing, samples, SEED, 10)).done
     builds = [worker.do(BuildTask.of(work, done, train)).done for done in shards]
-    tasks = [MergeTask.of(bounds, work, train, builds, ()) for bounds in partition_bounds(num_partitions)]
+    tasks = [MergeTask.of(bounds, 0, work, train, builds, None) for bounds in partition_bounds(num_partitions)]
     return _opened(worker, work, train, builds, tasks)
 
 
 def unmerged(worker: Worker, work: ChannelWork, whole: BuiltIndex) -> BuiltIndex:
     """The same entries, but every build shard stays an index of its own."""
     (bounds,) = partition_bounds(1)
-    tasks = [MergeTask.of(bounds, work, whole.train, [done], ()) for done in whole.builds]
+    tasks = [MergeTask.of(bounds, 0, work, whole.train, [done], None) for done in whole.builds]
     return _opened(worker, work, whole.train, whole.builds, tasks)
 
 

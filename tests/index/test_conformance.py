@@ -1,4 +1,4 @@
-"""What every index owes: the role's specification, run on all registered indexes.
+"""What every index of vectors owes: the role's specification, run on all registered ones (not on inverted files).
 
 An index is tested with its defaults; a field without a default needs `Field(examples=[...])`, whose first value is
 taken here and shown to users by the schema.
@@ -18,7 +18,7 @@ from cbir.errors import ArtifactError, DataError
 from cbir.spec import methods, one_of
 from cbir.types import FeatureBatch, Hits
 
-INDEXES = methods("index")
+INDEXES = {name: spec for name, spec in methods("index").items() if not spec.local}
 DIM, SEED, DEPTH = 32, 7, 12
 
 

@@ -72,13 +72,17 @@ def test_nothing_is_written(config: ConfigOf) -> None:
 def test_encoders_tell_their_output_size(name: str) -> None:
     """What the estimate relies on, for every registered encoder."""
     encoder = methods("encoder")[name]
-    required = {field: 3 for field, info in encoder.model_fields.items() if info.is_required()}
-    spec = encoder(**required)
+    required = {field: info for field, info in encoder.model_fields.items() if info.is_required()}
+    spec = encoder(**{field: 3 if info.annotation is int else info.examples[0] for field, info in required.items()})
     assert isinstance(spec, EncoderSpec)
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, 255, (1 if not spec.aggregates else 40, 128)).astype(np.float32) for _ in range(40)]
-    batch = FeatureBatch.of_images(np.arange(40), rows)
-    assert spec.fit(batch, 0).encode(batch).descriptors.shape[1] == spec.output_dim(128)
+    local = spec.aggregates or spec.precursor is not None
+    rows = [rng.integers(0, 255, (40 if local else 1, 128)).astype(np.float32) for _ in range(40)]
+    batch = FeatureBatch.of_images(np.arange(40), rows, [rng.random((len(some), 4), np.float32) for some in rows])
+    if spec.precursor is not None:
+        batch = spec.precursor.fit(batch, 0).encode(batch)
+    encoded = spec.fit(batch, 0).encode(batch)
+    assert encoded.descriptors.shape[1] == spec.output_dim(batch.descriptors.shape[1])
 
 
 def test_tars_are_counted_by_their_bytes(config: ConfigOf, pictures: dict[str, bytes], tmp_path: Path) -> None:

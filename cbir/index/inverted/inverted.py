@@ -1,0 +1,321 @@
+"""The inverted file (Sivic and Zisserman 2003): visual word -> images, with one match kernel for all methods.
+
+Entries are postings: `image_id`, `word` and `code`. Weights of words come from the totals over all shards; a partition
+holds its images' postings of all words, in one file or in several of a range of words each, which gives the same
+scores.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field, PositiveInt, model_validator
+
+from cbir.encoding.vocabulary import AssignerName, Vocabulary
+from cbir.errors import DataError
+from cbir.index.dense import code_column, codes_of, float_rows, stored_order
+from cbir.index.index import Index, IndexSpec
+from cbir.index.inverted.embedding import Embedded, binarised
+from cbir.index.inverted.kernels import Images, MatchKernel, QueryRows
+from cbir.index.inverted.postings import Slice, read_slice, write_slice
+from cbir.index.inverted.scoring import encode_gaps
+from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s, State
+
+__all__ = ["InvertedIndex", "InvertedPartition", "InvertedSpec", "Phi"]
+
+Float64s = npt.NDArray[np.float64]
+
+Phi = Callable[[FeatureBatch, Int32s], Embedded]
+"""(features, their words (K, m)) -> postings."""
+
+_GRAIN = 2.0**-32
+"""Masses are rounded to multiples of this, so that their sums are exact in any order."""
+
+
+class InvertedSpec(IndexSpec):
+    """What all inverted files have: a codebook, and how many words a feature is assigned to."""
+
+    suffix: ClassVar[str] = "arrow"
+    local: ClassVar[bool] = True
+    has_statistics: ClassVar[bool] = True
+    has_codebook: ClassVar[bool] = True
+    encodes_queries: ClassVar[bool] = True
+
+    words: PositiveInt = Field(default=65536, description="size of the codebook")
+    iterations: PositiveInt = Field(default=10, description="rounds of k-means")
+    assigner: AssignerName = Field(
+        default="auto", description="how the nearest words are found; auto: exactly below 1,024 words, else by hnsw"
+    )
+    assignments: PositiveInt = Field(default=1, description="nearest words of a feature of an indexed image")
+    query_assignments: PositiveInt = Field(default=1, description="nearest words of a feature of a query")
+    features: PositiveInt | None = Field(default=None, description="use the strongest so many features of an image")
+    idf: bool = Field(default=False, description="weight a word by ln(N / n)^2, for n of N images that have it")
+    word_ranges: PositiveInt = Field(
+        default=1, description="files of a partition, each a range of words; they are merged in parallel"
+    )
+
+    @model_validator(mode="after")
+    def _assignments_fit(self) -> "InvertedSpec":
+        for name in ("assignments", "query_assignments"):
+            if getattr(self, name) > self.words:
+                raise ValueError(f"{name}: {getattr(self, name)} of {self.words} words cannot be the nearest")
+        return self
+
+    def kernel(self, dim: int) -> MatchKernel:
+        """How postings of vectors with D = `dim` are stored and compared."""
+        raise NotImplementedError
+
+    def phi(self, vocabulary: Vocabulary, own: State) -> Phi:
+        """What an image's postings hold; `own` is what `fit` returned."""
+        raise NotImplementedError
+
+    def query_phi(self, vocabulary: Vocabulary, own: State) -> Phi:
+        """What a query's postings hold: the same, unless the method is asymmetric."""
+        return self.phi(vocabulary, own)
+
+    def code_dim(self, dim: int) -> int:
+        """D of what a posting holds, for features of D = `dim`."""
+        return dim
+
+    def fit(self, vocabulary: Vocabulary, sample: FeatureBatch, seed: int) -> State:  # noqa: ARG002 - few methods do
+        """What the method trains beside the codebook."""
+        return {}
+
+    def train(self, sample: FeatureBatch, seed: int) -> "InvertedIndex":
+        """Train the codebook on the features of the sample; DataError if there are fewer than words."""
+        return self.finish(self.train_codebook(sample, seed), sample, seed)
+
+    def codebook_identity(self) -> dict[str, Any]:
+        """Its size, and how it is trained and searched."""
+        return self.model_dump(mode="json", include={"words", "iterations", "assigner"})
+
+    def train_codebook(self, sample: FeatureBatch, seed: int) -> State:
+        """The state of the vocabulary."""
+        return Vocabulary.train(float_rows(sample), self.words, self.iterations, seed, self.assigner).state()
+
+    def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> "InvertedIndex":
+        """What the method trains beside the vocabulary."""
+        vocabulary = Vocabulary.restore(codebook)
+        return InvertedIndex(self, vocabulary, self.fit(vocabulary, sample, seed))
+
+    def restore(self, state: State) -> "InvertedIndex":
+        """From codebook and the method's own state."""
+        own = {name.removeprefix("own."): array for name, array in state.items() if name.startswith("own.")}
+        rest = {name: array for name, array in state.items() if not name.startswith("own.")}
+        return InvertedIndex(self, Vocabulary.restore(rest), own)
+
+    @property
+    def query_words(self) -> int:
+        """The assignments of a query's feature."""
+        return self.query_assignments
+
+    @property
+    def pieces(self) -> int:
+        """One file per range of words."""
+        return self.word_ranges
+
+    def load(self, *paths: Path) -> "InvertedPartition":
+        """Open a partition from the files of its ranges of words, memory-mapped."""
+        return InvertedPartition(self, [read_slice(path) for path in paths])
+
+    def entry_bytes(self, dim: int) -> int:
+        """The code, and about two bytes to say which image it belongs to."""
+        kernel = self.kernel(self.code_dim(dim))
+        return kernel.width * np.dtype(kernel.dtype).itemsize + 2
+
+    def word_weights(self, images: int, word_images: Int64s) -> Float64s:
+        """w_c (W,): ln(N / n)^2 with `idf`, else 1; 1 for a word that no image has, which nothing can match."""
+        if not self.idf:
+            return np.ones(len(word_images))
+        seen = np.maximum(word_images, 1)
+        return np.where(word_images > 0, np.log(max(images, 1) / seen) ** 2, 1.0)
+
+
+class InvertedIndex(Index):
+    """A trained codebook with the match kernel of a method, without content."""
+
+    def __init__(self, spec: InvertedSpec, vocabulary: Vocabulary, own: State) -> None:
+        self.spec, self.vocabulary, self._own = spec, vocabulary, own
+        self._dim = spec.code_dim(vocabulary.centroids.shape[1])
+        self.kernel = spec.kernel(self._dim)
+        self._phi, self._query_phi = spec.phi(vocabulary, own), spec.query_phi(vocabulary, own)
+
+    def state(self) -> State:
+        """The vocabulary's arrays, and those of the method with the prefix `own.`."""
+        return {**self.vocabulary.state(), **{f"own.{name}": array for name, array in self._own.items()}}
+
+    def entries(self, batch: FeatureBatch) -> pa.Table:
+        """One row per posting: image_id int64, word int32, code fixed_size_binary; by image, then word."""
+        embedded = self._phi(*self._assigned(batch, self.spec.assignments))
+        codes = self.kernel.code(embedded.vectors)
+        return self._table(batch.image_ids[embedded.images], embedded.words, codes)
+
+    def _table(self, image_ids: Int64s, words: Int32s, codes: Array) -> pa.Table:
+        columns = [pa.array(image_ids), pa.array(words), code_column(codes)]
+        kinds = [pa.int64(), pa.int32(), columns[2].type]
+        names = ["image_id", "word", "code"]
+        fields = [pa.field(name, kind, nullable=False) for name, kind in zip(names, kinds, strict=True)]
+        return pa.table(columns, schema=pa.schema(fields, metadata={"code": np.dtype(self.kernel.dtype).name}))
+
+    def _assigned(self, batch: FeatureBatch, num: int) -> tuple[FeatureBatch, Int32s]:
+        """The strongest features with their nearest words (K, num)."""
+        if self.spec.features is not None:
+            ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
+            batch = batch.take_rows(ranks < self.spec.features)
+        rows = float_rows(batch, self.vocabulary.centroids.shape[1])
+        return batch.with_descriptors(rows), self.vocabulary.nearest(rows, num)
+
+    def queries(self, batch: FeatureBatch) -> FeatureBatch:
+        """The postings of the queries: codes as descriptors, and their words."""
+        embedded = self._query_phi(*self._assigned(batch, self.spec.query_assignments))
+        offsets = np.searchsorted(embedded.images, np.arange(len(batch) + 1)).astype(np.int64)
+        return FeatureBatch(
+            batch.image_ids, offsets, self.kernel.code(embedded.vectors), sizes=batch.sizes, words=embedded.words
+        )
+
+    def signatures(self, batch: FeatureBatch, num: int = 1) -> FeatureBatch:
+        """Every feature's `num` nearest words and the signs of its residuals to them, packed; rows stay in order.
+
+        They are what geometric verification needs to match features by their words.
+        """
+        batch, words = self._assigned(batch, num)
+        rows = np.repeat(np.arange(len(words)), num)
+        flat = words.reshape(-1)
+        residuals = batch.descriptors[rows] - self.vocabulary.centroids[flat]
+        return FeatureBatch(
+            batch.image_ids,
+            batch.offsets * num,
+            binarised(residuals),
+            np.ascontiguousarray(batch.geometry[rows]),
+            batch.sizes,
+            words=flat,
+        )
+
+    def statistics(self, entries: pa.Table) -> State:
+        """`images` (1,), `word_images` (W,): images that have each word; `features` (1,): assignments in all."""
+        ids, words = entries.column("image_id").to_numpy(), entries.column("word").to_numpy()
+        pairs = np.unique(np.stack([words.astype(np.int64), ids]), axis=1) if len(ids) else np.empty((2, 0), np.int64)
+        counts = codes_of(entries, self.kernel.dtype, self.kernel.width) if self._counts else np.ones((len(ids), 1))
+        return {
+            "images": np.array([len(np.unique(ids))], np.int64),
+            "word_images": np.bincount(pairs[0], minlength=self.spec.words).astype(np.int64),
+            "features": np.array([int(counts.sum(dtype=np.int64))], np.int64),
+        }
+
+    @property
+    def _counts(self) -> bool:
+        return self.kernel.dtype is np.uint16
+
+    def piece(self, entries: pa.Table, number: int) -> pa.Table:
+        """The postings of the words of range number `number`."""
+        edges = [self.spec.words * n // self.spec.word_ranges for n in (number, number + 1)]
+        words = entries.column("word").to_numpy()
+        return entries.take(np.flatnonzero((words >= edges[0]) & (words < edges[1])))
+
+    def build(self, entries: pa.Table, totals: State | None = None) -> "InvertedPartition":
+        """A partition of one slice."""
+        return InvertedPartition(self.spec, [self._slice(entries, totals or self.statistics(entries))])
+
+    def _slice(self, entries: pa.Table, totals: State) -> Slice:
+        ids, words = entries.column("image_id").to_numpy(), entries.column("word").to_numpy()
+        codes = codes_of(entries, self.kernel.dtype, self.kernel.width)
+        order = stored_order(words, ids, codes)
+        words, codes = words[order], np.ascontiguousarray(codes[order])
+        image_ids, numbers = np.unique(ids, return_inverse=True)
+        numbers = numbers[order].astype(np.int64)
+        images = int(totals["images"][0])
+        weights = self.spec.word_weights(images, totals["word_images"])
+        masses = self._masses(numbers, words, codes, weights, len(image_ids))
+        mean_length = float(totals["features"][0]) / max(images, 1)
+        kinds, firsts = np.unique(words, return_index=True)
+        starts = np.append(firsts, len(words)).astype(np.int64)
+        gaps, begins = encode_gaps(numbers, starts)
+        columns = image_ids, masses, kinds.astype(np.int32), starts, begins, gaps, codes, weights
+        return Slice(*columns, mean_length, self._dim)
+
+    def _masses(self, numbers: Int64s, words: Int32s, codes: Array, weights: Float64s, num_images: int) -> Float64s:
+        """What the groups of postings of one image and word add to the mass of each image."""
+        starts = group_starts(numbers, words)
+        each = self.kernel.masses(starts, codes)
+        firsts = starts[:-1]
+        if self.kernel.weighted:
+            each = each * weights[words[firsts]]
+        each = np.round(each / _GRAIN) * _GRAIN
+        return np.bincount(numbers[firsts], each, num_images).astype(np.float64, copy=False)
+
+
+def group_starts(numbers: Int64s, words: Int32s) -> Int64s:
+    """Where the runs of one image and word start, with the end after the last: (g + 1,)."""
+    new = np.ones(len(words), bool)
+    new[1:] = (np.diff(numbers) != 0) | (np.diff(words) != 0)
+    return np.append(np.flatnonzero(new), len(words)).astype(np.int64)
+
+
+class InvertedPartition:
+    """The postings of one partition."""
+
+    def __init__(self, spec: InvertedSpec, slices: Sequence[Slice]) -> None:
+        self._slices = list(slices)
+        self._kernel = spec.kernel(slices[0].dim)
+        self.image_ids: Int64s = np.unique(np.concatenate([part.image_ids for part in slices]))
+        self._numbers = [np.searchsorted(self.image_ids, part.image_ids).astype(np.int32) for part in slices]
+        self._masses = np.zeros(len(self.image_ids))
+        for numbers, part in zip(self._numbers, slices, strict=True):
+            self._masses[numbers] += part.masses
+        self._deleted = np.zeros(len(self.image_ids), bool)
+
+    def delete(self, image_ids: Int64s) -> None:
+        """From now on these images are not found; their postings stay until the next merge."""
+        self._deleted |= np.isin(self.image_ids, image_ids)
+
+    def search(self, queries: FeatureBatch, depth: int) -> Hits:
+        """The best `depth` images per query that share a word with it; what `Index.queries` returned is asked.
+
+        ValueError for a depth below one or queries without words, DataError for codes of another length.
+        """
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, found {depth}")
+        if queries.words is None:
+            raise ValueError("queries have no words: an inverted file is asked what its index's `queries` returns")
+        if queries.descriptors.shape[1] != self._kernel.width:
+            raise DataError(
+                f"these queries have codes of {queries.descriptors.shape[1]} numbers, this index of "
+                f"{self._kernel.width}; encode them with the index of the same version"
+            )
+        hits = [self._search(queries.words[rows], queries.descriptors[rows], depth) for rows in _rows(queries)]
+        ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
+        scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
+        return Hits(np.concatenate(ids), np.concatenate(scores))
+
+    def _search(self, words: Int32s, codes: Array, depth: int) -> Hits:
+        weights = self._slices[0].weights[words]
+        scores = np.zeros(len(self.image_ids))
+        for numbers, part in zip(self._numbers, self._slices, strict=True):
+            rows = QueryRows(part.slots(words), weights, codes)
+            self._kernel.score(rows, part, Images(scores, self._masses, numbers))
+        scores[self._deleted] = 0.0
+        starts = group_starts(np.zeros(len(words), np.int64), words)
+        own = self._kernel.masses(starts, codes)
+        own = own * weights[starts[:-1]] if self._kernel.weighted else own
+        return self._best(self._kernel.final(scores, float(np.round(own / _GRAIN).sum() * _GRAIN), self._masses), depth)
+
+    def _best(self, scores: Float64s, depth: int) -> Hits:
+        """The images with a score, best first."""
+        found = np.flatnonzero(scores)
+        values: Floats = scores[found].astype(np.float32)
+        if len(found) > depth:
+            least = np.partition(values, len(values) - depth)[len(values) - depth]
+            found, values = found[values >= least], values[values >= least]
+        return Hits.ranked(self.image_ids[found][None], values[None], depth)
+
+    def save(self, path: Path) -> None:
+        """Write a partition of one slice."""
+        (part,) = self._slices
+        write_slice(path, part)
+
+
+def _rows(batch: FeatureBatch) -> Sequence[Any]:
+    return [batch.rows(i) for i in range(len(batch))]
