@@ -164,10 +164,8 @@ class QueryEncoder:
 
     def _query(self, channel: str, batch: FeatureBatch) -> FeatureBatch:
         for encoder in self._encoders[channel]:
-            if isinstance(encoder, AsymmetricEncoder):
-                batch = encoder.encode_queries(batch)
-            else:
-                batch = encoder.encode(batch)
+            encode = encoder.encode_queries if isinstance(encoder, AsymmetricEncoder) else encoder.encode
+            batch = encode(batch)
         index = self._indexes.get(channel)
         return batch if index is None else index.queries(batch)
 

@@ -17,7 +17,7 @@ from cbir.evaluation.report import Counts, QuarantineRow, Report, SearchFigures,
 from cbir.evaluation.search_page import Matches, SearchRow, write_search_page
 from cbir.images import BadImage, View, decode
 from cbir.layout import Layout
-from cbir.rerank.ransac import Ransac
+from cbir.rerank.fits import Verifier
 from cbir.search import Answer, Box, Searcher
 from cbir.storage import Store
 from cbir.types import image_id
@@ -167,11 +167,22 @@ def write_search(path: Path, searcher: Searcher, picture: bytes, answer: Answer,
 def _matches(
     searcher: Searcher, answer: Answer, image: int, query_size: tuple[int, int], size: tuple[int, int], box: Box | None
 ) -> Matches | None:
-    spec = next((spec for spec in searcher.config.search.rerank if isinstance(spec, Ransac)), None)
-    if spec is None:
+    """The verified matches of the first reranker that has any."""
+    for spec in searcher.config.search.rerank:
+        reranker = spec.build()
+        if isinstance(reranker, Verifier) and spec.channel is not None:
+            break
+    else:
         return None
-    stored = searcher.features(spec.channel, np.array([image], np.int64))
-    points = spec.build().matches(answer.query_features[spec.channel].take(np.zeros(1, np.int64)), stored)
+    query, wanted = answer.query_features[spec.channel].take(np.zeros(1, np.int64)), np.array([image], np.int64)
+    if spec.reads == "signatures":
+        query, stored = (
+            searcher.encoder.signatures(spec.channel, query),
+            searcher.signatures(spec.channel, wanted),
+        )
+    else:
+        stored = searcher.features(spec.channel, wanted)
+    points = reranker.matches(query, stored)
     if not len(points):
         return None
     if box is not None:

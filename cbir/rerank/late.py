@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, PositiveFloat
 
 from cbir.errors import ConfigError
+from cbir.rerank.lists import Doubles, RankedList, fuse_lists
 from cbir.rerank.reranker import FusionSpec
 from cbir.spec import nearest
-from cbir.types import Floats, Hits, Int64s
+from cbir.types import Hits
 
 __all__ = ["Late", "LateFusion"]
 
@@ -46,43 +46,23 @@ class LateFusion:
 
     def fuse(self, hits: Mapping[str, Hits], depth: int) -> Hits:
         """The best `depth` of all images in any list; ConfigError for a weight without a channel."""
-        self._check(hits)
-        channels = [(self._spec.weights.get(name, 1.0), hits[name]) for name in sorted(hits)]
-        rows = [self._fuse_query(channels, query, depth) for query in range(len(channels[0][1]))]
-        if not rows:
-            return Hits(np.empty((0, depth), np.int64), np.empty((0, depth), np.float32))
-        return Hits(np.concatenate([row.image_ids for row in rows]), np.concatenate([row.scores for row in rows]))
-
-    def _check(self, hits: Mapping[str, Hits]) -> None:
         for name in self._spec.weights:
             if name not in hits:
                 raise ConfigError(f"search.fuse.weights.{name}: there is no such channel{nearest(name, hits)}")
-        if len({len(part) for part in hits.values()}) != 1:
-            raise ValueError("fuse needs hits of one or more channels, for the same queries in each")
+        return fuse_lists(hits, depth, self._sum)
 
-    def _fuse_query(self, channels: list[tuple[float, Hits]], query: int, depth: int) -> Hits:
-        lists = [_valid(part, query) for _, part in channels]
-        found = np.unique(np.concatenate([ids for ids, _ in lists]))
-        total = np.zeros(len(found))
-        for (weight, _), (ids, scores) in zip(channels, lists, strict=True):
-            if len(ids):
-                normalised = _normalised(scores, self._spec.norm)
-                own = np.full(len(found), normalised.min())
-                own[np.searchsorted(found, ids)] = normalised
-                total += weight * own
-        return Hits.ranked(found[None], total[None].astype(np.float32), depth)
+    def _sum(self, lists: Mapping[str, RankedList], number: int) -> Doubles:
+        total = np.zeros(number)
+        for name, found in lists.items():
+            if len(found.scores):
+                normalised = _normalised(found.scores, self._spec.norm)
+                total += self._spec.weights.get(name, 1.0) * found.spread(normalised, number, normalised.min())
+        return total
 
 
-def _valid(hits: Hits, query: int) -> tuple[Int64s, Floats]:
-    """One query's ids and scores without the padding."""
-    held = hits.image_ids[query] >= 0
-    return hits.image_ids[query, held], hits.scores[query, held]
-
-
-def _normalised(scores: Floats, norm: str) -> npt.NDArray[np.float64]:
-    """At least one score, normalised in double precision."""
-    values = scores.astype(np.float64)
+def _normalised(scores: Doubles, norm: str) -> Doubles:
+    """At least one score, normalised."""
     if norm == "none":
-        return values
-    low, spread = (values.min(), np.ptp(values)) if norm == "minmax" else (values.mean(), values.std())
-    return (values - low) / spread if spread > 0 else np.zeros_like(values)
+        return scores
+    low, spread = (scores.min(), np.ptp(scores)) if norm == "minmax" else (scores.mean(), scores.std())
+    return (scores - low) / spread if spread > 0 else np.zeros_like(scores)

@@ -1,7 +1,7 @@
 """The roles that come after the index: fusion of channels and re-ranking of hits."""
 
 from collections.abc import Collection, Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from cbir.spec import Method
 from cbir.types import FeatureBatch, Hits, Int64s
@@ -18,6 +18,15 @@ class SearchContext(Protocol):
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """The raw features of these images, in this order; an image without stored features has no rows."""
+        ...
+
+    def query_signatures(self, channel: str) -> FeatureBatch:
+        """The queries' local features as the channel's inverted file sees them: `words`, packed binary codes (K, B)
+        uint8 and geometry. A feature with several words has a row for each of them, with the same geometry."""
+        ...
+
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        """The same of these stored images, in this order; an image without signatures has no rows."""
         ...
 
 
@@ -58,7 +67,13 @@ class RerankerSpec(Method):
     role: ClassVar[str] = "reranker"
 
     channel: str | None = None
-    """The channel whose stored features it reads (`keep_features: true` is needed there), if any."""
+    """The channel whose stored features or signatures it reads, if any."""
+
+    @property
+    def reads(self) -> Literal["features", "signatures"] | None:
+        """What it reads of its channel: raw features (`keep_features: true` is needed there), or the signatures of an
+        inverted file."""
+        return "features" if self.channel is not None else None
 
     def build(self) -> Reranker:
         """The working reranker."""

@@ -4,7 +4,7 @@ A method is tested with its defaults; a field without a default needs `Field(exa
 taken here and shown to users by the schema.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,24 @@ class Stored:
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         return self.database.take(image_ids)
+
+    def query_signatures(self, channel: str) -> FeatureBatch:
+        """Every feature has two words of 256."""
+        words = self.queries.descriptors[:, :1].astype(np.int32)
+        other = coded(self.queries, (words + 1) % 256)
+        order = np.argsort(np.tile(np.arange(len(words)), 2), kind="stable")
+        twice = (np.concatenate([rows, rows])[order] for rows in (other.descriptors, other.geometry))
+        both = np.hstack([words, (words + 1) % 256]).ravel()
+        return FeatureBatch(self.queries.image_ids, 2 * self.queries.offsets, *twice, words=both)
+
+    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+        stored = self.database.take(image_ids)
+        return coded(stored, stored.descriptors[:, :1].astype(np.int32))
+
+
+def coded(batch: FeatureBatch, words: np.ndarray) -> FeatureBatch:
+    """Codes of 64 bits that stand for the descriptors."""
+    return replace(batch, descriptors=np.ascontiguousarray(batch.descriptors[:, 1:9]), words=words.ravel())
 
 
 def features(counts: np.ndarray, seed: int) -> FeatureBatch:
