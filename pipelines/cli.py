@@ -5,53 +5,26 @@
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-from cbir.errors import CbirError, ConfigError
+from cbir.errors import ConfigError
+from pipelines import maintenance
+from pipelines.evaluate import evaluate
+from pipelines.terminal import Commands, IndexOrConfig, VersionOption, err, open_searcher, out, store_of
 
 if TYPE_CHECKING:
     from cbir.config import Config
-    from cbir.search import Box, Result, Searcher
-    from cbir.storage import Store
-    from cbir.versions import Versions
+    from cbir.search import Box, Result
 
 __all__ = ["app", "main"]
 
-
-class _Commands(TyperGroup):
-    """The commands; every expected error of one becomes a message and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        try:
-            return super().invoke(ctx)
-        except ConfigError as error:
-            _fail(str(error), 2)
-        except CbirError as error:
-            _fail(str(error), 1)
-        except OSError as error:
-            if error.filename is None:  # none of a file that the user named, such as a closed pipe
-                raise
-            _fail(f"{error.filename}: {error.strerror}", 1)
-        except KeyboardInterrupt:
-            _fail("interrupted; run the same command again to go on", 130)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"error: {message}", soft_wrap=True)
-    raise typer.Exit(code)
-
-
 app = typer.Typer(
     name="cbir",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -70,18 +43,8 @@ app = typer.Typer(
     """,
 )
 
-# What is printed are keys, paths and messages: nothing in them is markup.
-out = Console(markup=False, emoji=False, highlight=False)
-err = Console(markup=False, emoji=False, highlight=False, stderr=True)
-
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The YAML file; see configs/ for examples.", show_default=False)
-]
-IndexOrConfig = Annotated[
-    str,
-    typer.Argument(
-        metavar="INDEX", help="A store (folder or s3:// URI), or the YAML that names it.", show_default=False
-    ),
 ]
 Images = Annotated[
     list[str] | None, typer.Option("--images", help="Use this source instead of the YAML's; repeatable.")
@@ -91,11 +54,6 @@ Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Worker pr
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override any key: --set sample.images=1000.")
 ]
-Protocol = Literal["easy", "medium", "hard"]
-Format = Literal["faiss", "parquet"]
-VersionOption = Annotated[int | None, typer.Option("--version", help="Use this version instead of the current one.")]
-
-ChosenVersion = Annotated[int, typer.Option("--version", help="Which version.", show_default=False)]
 
 
 def _config(
@@ -108,33 +66,6 @@ def _config(
     overrides += [f"store={json.dumps(store)}"] if store is not None else []
     overrides += [f"workers={workers}"] if workers is not None else []
     return load_config(path, overrides)
-
-
-def _store(index: str) -> "Store":
-    """The store that a YAML names, or that the argument is."""
-    from cbir.storage import open_store
-
-    if index.endswith((".yaml", ".yml")):
-        from cbir.config import load_config
-
-        return open_store(load_config(index).store)
-    if "://" not in index and not Path(index).is_dir():
-        raise ConfigError(f"{index} is neither a folder with an index nor a YAML file")
-    return open_store(index)
-
-
-def _searcher(store: "Store", version: int | None) -> "Searcher":
-    from cbir.search import open_version
-    from pipelines.work import limit_threads
-
-    limit_threads()
-    return open_version(store.uri, version)
-
-
-def _versions(index: str) -> "Versions":
-    from cbir.versions import Versions
-
-    return Versions(_store(index))
 
 
 @app.command()
@@ -220,7 +151,7 @@ def search(
     """
 
     region = _box(box)
-    searcher = _searcher(_store(index), version)
+    searcher = open_searcher(store_of(index), version)
     answer = searcher.answer([picture], [region], depth)
     _print_results(answer.results(0), as_json)
     if html is not None:
@@ -249,196 +180,8 @@ def _print_results(results: "list[Result]", as_json: bool) -> None:
         out.print(f"{rank:>4}  {result.score:9.4f}  {result.key}", soft_wrap=True)
 
 
-@app.command()
-def evaluate(
-    index: IndexOrConfig,
-    ground_truth: Annotated[
-        str | None, typer.Option("--ground-truth", help="CSV or Oxford-style JSON; default: the YAML's.")
-    ] = None,
-    protocol: Annotated[
-        Protocol | None, typer.Option("--protocol", help="For graded labels of a JSON; default: the YAML's.")
-    ] = None,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
-    ] = None,
-    report: Annotated[Path, typer.Option("--report", help="Folder for report.html and report.json.")] = Path("report"),
-    version: VersionOption = None,
-) -> None:
-    """Measure a version against ground truth: mAP, mP@k, recall@k, time per query; with a page of pictures.
-
-    Example: `cbir evaluate my-index --ground-truth queries.csv --json figures.json`
-    """
-    from pipelines.quality import judge
-    from pipelines.reporting import search_figures, write_evaluation
-
-    store = _store(index)
-    searcher = _searcher(store, version)
-    settings = searcher.config.evaluate
-    if index.endswith((".yaml", ".yml")):
-        from cbir.config import load_config
-
-        settings = load_config(index).evaluate
-    truth = ground_truth or settings.ground_truth
-    if truth is None:
-        raise ConfigError("no ground truth: give --ground-truth FILE, or set evaluate.ground_truth in the YAML")
-    with err.status("searching") as status:
-        judged = judge(
-            searcher, truth, protocol or settings.protocol, lambda done, total: status.update(f"{done}/{total} queries")
-        )
-    figures = {
-        **judged.quality.to_json(),
-        **asdict(search_figures(searcher.manifest, judged)),
-        "ann_recall": searcher.manifest.quality.get("ann_recall", {}),
-        "version": searcher.manifest.version,
-    }
-    _print_figures(figures)
-    page = write_evaluation(report, store, searcher, judged)
-    if as_json is not None:
-        as_json.write_text(json.dumps(figures, indent=2) + "\n")
-    out.print(str(page), soft_wrap=True)
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    table = Table("figure", "value", box=None, header_style="dim")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    out.print(table)
-
-
-@app.command()
-def verify(
-    index: IndexOrConfig,
-    version: VersionOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Forget damaged work, so that `cbir index` does it again.")
-    ] = False,
-) -> None:
-    """Read every file of a version and compare it with its record; check that no image is missing.
-
-    A damaged version heals with `cbir verify --repair my-index` and then the `cbir index` that made it.
-
-    Example: `cbir verify s3://indexes/landmarks`
-    """
-    from cbir.search import searcher_of
-    from cbir.verification import check_counts, check_files, forget_damaged
-    from cbir.versions import Versions
-
-    store = _store(index)
-    manifest = Versions(store).load(version)
-    if repair:
-        for prefix in forget_damaged(store, manifest):
-            out.print(f"forgot {prefix}")
-        return
-    with err.status("reading") as status:
-        check_files(store, manifest, lambda file: status.update(f"read {file.key}"))
-    check_counts(searcher_of(store, manifest), manifest)
-    counts = manifest.counts
-    out.print(
-        f"version {manifest.version} is whole: {len(manifest.files)} files, {counts['images']:,} images = "
-        f"{counts['indexed']:,} indexed + {counts['quarantined']:,} quarantined"
-    )
-
-
-@app.command()
-def versions(index: IndexOrConfig) -> None:
-    """List the published versions; the current one is marked.
-
-    Example: `cbir versions my-index`
-    """
-    found = _versions(index)
-    current, pinned = found.current(), found.pinned()
-    table = Table("", "version", "created", "indexed", "quarantined", "size", "mAP", box=None, header_style="dim")
-    for number in found.numbers():
-        manifest = found.load(number)
-        mark = "*" if current and current.version == number else ""
-        quality = manifest.quality.get("map")
-        table.add_row(
-            mark + ("p" if number in pinned else ""),
-            str(number),
-            manifest.created,
-            f"{manifest.counts['indexed']:,}",
-            f"{manifest.counts['quarantined']:,}",
-            f"{sum(file.num_bytes for file in manifest.files) / 1e6:,.1f} MB",
-            "" if quality is None else f"{quality:.3f}",
-        )
-    out.print(table)
-
-
-@app.command()
-def rollback(
-    index: IndexOrConfig,
-    version: Annotated[int, typer.Option("--to", help="The version to go back to.", show_default=False)],
-) -> None:
-    """Make another version the current one, in one atomic swap.
-
-    Example: `cbir rollback my-index --to 3`
-    """
-    manifest = _versions(index).rollback(version)
-    out.print(f"version {manifest.version} is current")
-
-
-@app.command()
-def gc(
-    index: IndexOrConfig,
-    keep: Annotated[int, typer.Option("--keep", min=0, help="Keep this many of the newest versions.")] = 3,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Really delete; without it, only say what would go.")
-    ] = False,
-) -> None:
-    """Delete what no kept version needs: old versions, unfinished and superseded work. A dry run by default.
-
-    Example: `cbir gc my-index --keep 2 --delete`
-    """
-    found = _versions(index)
-    number = size = 0
-    for key, num_bytes in found.garbage(keep):
-        if delete:
-            found.store.delete(key)
-        number, size = number + 1, size + num_bytes
-    verb = "deleted" if delete else "would delete (add --delete)"
-    out.print(f"{verb}: {number:,} objects, {size / 1e6:,.1f} MB")
-
-
-@app.command()
-def pin(index: IndexOrConfig, version: ChosenVersion) -> None:
-    """Keep a version through every gc; `cbir unpin` lets it go again.
-
-    Example: `cbir pin my-index --version 3`
-    """
-    _versions(index).pin(version)
-    out.print(f"version {version} is pinned")
-
-
-@app.command()
-def unpin(index: IndexOrConfig, version: ChosenVersion) -> None:
-    """Let gc take a pinned version again.
-
-    Example: `cbir unpin my-index --version 3`
-    """
-    _versions(index).unpin(version)
-    out.print(f"version {version} is not pinned")
-
-
-@app.command()
-def export(
-    index: IndexOrConfig,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go.", show_default=False)],
-    form: Annotated[
-        Format, typer.Option("--format", help="faiss: one index and its ids; parquet: keys and vectors.")
-    ] = "faiss",
-    channel: Annotated[str | None, typer.Option("--channel", help="Needed if the index has several.")] = None,
-    version: VersionOption = None,
-) -> None:
-    """Write a version as plain files: one faiss index with ids, or Parquet ready for Lance or Milvus.
-
-    Example: `cbir export my-index exported --format parquet`
-    """
-    from cbir.versions import Versions
-    from pipelines.export import export as run_export
-
-    store = _store(index)
-    for path in run_export(store, Versions(store).load(version), folder, channel, form):
-        out.print(str(path), soft_wrap=True)
+for command in (evaluate, *maintenance.COMMANDS):
+    app.command()(command)
 
 
 @app.command()

@@ -45,8 +45,8 @@ def test_a_layout_survives_json() -> None:
     layout = Layout(
         {"local": ChannelLayout(("a", "b"), "index", {"weights": "assets/x"})},
         (
-            PartitionLayout(0, 1 << 62, 3, "ids", "bad", {"local": "i"}, {}),
-            PartitionLayout(1 << 62, 1 << 63, 0, "j", "b", {}, {}),
+            PartitionLayout(0, 1 << 62, 3, "ids", "bad", {"local": ("i", "k")}, {"local": "f"}, {"local": "s"}),
+            PartitionLayout(1 << 62, 1 << 63, 0, "j", "b", {}, {}, {}),
         ),
     )
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout

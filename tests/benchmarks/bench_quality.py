@@ -1,7 +1,12 @@
-"""How good the methods are on real photographs: `python tests/benchmarks/bench_quality.py [--store DIR]`.
+"""How good the methods are on real photographs: `python tests/benchmarks/bench_quality.py [--store DIR] [NAME ...]`.
 
-Every row is one configuration, every column one set together with the distractors; cells are mAP / recall@1. The
-photographs and weights are found through CBIR_TEST_DATA. With `--store`, a second run reuses what the first extracted.
+A method is one YAML of tests/benchmarks/quality/ (or `--configs DIR`): its channels and its search, without images and
+store. Each is indexed for every set together with the distractors, and measured before and after re-ranking; NAMEs
+choose some. The photographs and weights are found through CBIR_TEST_DATA, which the YAMLs may name as
+`${CBIR_TEST_DATA}`. With `--store`, a second run reuses what the first made.
+
+ms/query is the time of search and re-ranking over the whole index with one thread; the extraction of the queries, which
+is done once for all methods, is not in it.
 """
 
 import argparse
@@ -9,207 +14,154 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported; the processes below share the processors
 
 import numpy as np
 import yaml
 
-from cbir.config import Config, parse_config
-from cbir.evaluation.ground_truth import GroundTruth, read_ground_truth
-from cbir.evaluation.metrics import Quality, evaluate
-from cbir.layout import Layout
-from cbir.search import Searcher, open_version
+from cbir.config import load_config
+from cbir.evaluation.comparison import Comparison, Row, Table
+from cbir.evaluation.ground_truth import GroundTruthQuery, read_ground_truth
+from cbir.search import Searcher
+from cbir.spec import fingerprint
 from cbir.types import FeatureBatch
-from cbir.versions import Manifest
+from pipelines.comparison import Measurement, candidates, compare
 from pipelines.indexing import index
+from pipelines.quality import RawFeatures
 from pipelines.work import limit_threads
 
 PROJECT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("CBIR_TEST_DATA", PROJECT.parent / "shared" / "data"))
+DATA = Path(os.environ.setdefault("CBIR_TEST_DATA", str(PROJECT.parent / "shared" / "data")))
 SETS = ("smvs_dvd", "paintings", "grocery_packages", "koe_places", "sfm_scenes")
 PROCESSES = 2
-QUERY_BATCH = 16
 
 REFERENCES = {
     "reference: the same network, plain script": (0.212, 0.843, 0.265, 0.762, 0.952),
-    "reference: at 3 scales, whitened to 512 on the distractors": (0.339, 0.865, 0.283, 0.787, 0.983),
-    "reference: VLAD, 64 words, plain script": (0.805, 0.895, 0.467, 0.633, 0.787),
+    "reference: the same at 3 scales, whitened to 512 on the distractors": (0.339, 0.865, 0.283, 0.787, 0.983),
+    "reference: VLAD, 64 words": (0.805, 0.895, 0.467, 0.633, 0.787),
+    "reference: 16,384 words, tf-idf": (0.752, 0.837, 0.615, 0.688, 0.801),
+    "reference: ASMK*, 16,384 words, 128 bits": (0.978, 0.985, 0.722, 0.687, 0.833),
+    "reference: ASMK* and re-ranking of the best 100": (1.000, 0.986, 0.770, None, None),
+    "reference: vocabulary tree of COLMAP, verified": (0.982, 0.935, None, None, None),
+    "reference: plain sum of the network and ASMK*": (0.984, 0.987, 0.650, 0.807, 0.993),
 }
 """mAP on the same sets by programs that share no code with this one."""
 
 
-def channels() -> dict[str, dict[str, Any]]:
-    """The extractors that all rows share, as in configs/, with the weights of the test data."""
-    network = {
-        "name": "deep",
-        "backbone": "mobilenetv2_100",
-        "backbone_args": {"pad_type": "same"},
-        "weights": str(DATA / "weights" / "mobilenetv2_100_imagenet.safetensors"),
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-    }
-    deep, local = (
-        yaml.safe_load((PROJECT / "configs" / f"{name}.yaml").read_text())["channels"]
-        for name in ("deep_ivfpq", "sift_vlad")
-    )
-    extractor = {**deep["global"]["extractor"], **network}
-    flat = {"name": "flat"}
-    return {
-        "global": {"extractor": {**extractor, "scales": [1.0]}, "index": flat},
-        "scales": {"extractor": extractor, "index": flat},
-        "local": {**local["local"], "index": flat},
-    }
+def truth_file(photographs: str) -> Path:
+    return DATA / "photos" / photographs / "ground_truth.csv"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A configuration: what follows the extractor of each channel, and what follows the index."""
-
-    name: str
-    channels: dict[str, dict[str, Any]]
-    rerank: int = 0
-    """How many hits are verified."""
-
-    def config(self, photographs: str, store: str, workers: int = 0) -> Config:
-        """Of one set with the distractors."""
-        settings: dict[str, Any] = {
+def write_configurations(folder: Path, methods: Sequence[Path], store: str) -> None:
+    """A folder of configurations for each set, with its images and the distractors, all in one store."""
+    for photographs in SETS:
+        own = {
             "images": [str(DATA / "photos" / name / "images") for name in (photographs, "distractors")],
             "store": store,
-            "channels": {name: channels()[name] | changes for name, changes in self.channels.items()},
-            "search": {"fuse": {"name": "late"}} if len(self.channels) > 1 else {},
-            "evaluate": {"probes": 0},
-            "workers": workers,
+            "evaluate": {"ground_truth": str(truth_file(photographs)), "probes": 0},
+            "workers": 0,
         }
-        if self.rerank:
-            settings["search"]["rerank"] = [{"name": "ransac", "channel": "local", "top": self.rerank}]
-        return parse_config(settings, self.name)
+        (folder / photographs).mkdir(parents=True, exist_ok=True)
+        for method in methods:
+            settings = yaml.safe_load(os.path.expandvars(method.read_text()))
+            (folder / photographs / method.name).write_text(yaml.safe_dump(settings | own, sort_keys=False))
 
 
-def whitened(dim: int, shrinkage: float = 0.5) -> dict[str, Any]:
-    """Half-whitened: the sample has only two to four times as many images as there are dimensions, and full whitening
-    makes noise of its own samples."""
-    return {"name": "pca", "dim": dim, "whiten": True, "shrinkage": shrinkage}
+class QueryFeatures:
+    """Raw features of a set's queries, extracted once for all methods that share an extractor."""
+
+    def __init__(self, photographs: str) -> None:
+        self._truth = read_ground_truth(truth_file(photographs))
+        self._held: dict[tuple[str, str], FeatureBatch] = {}
+
+    def of(self, searcher: Searcher) -> RawFeatures:
+        """As the channels of this searcher describe them."""
+        return partial(self._features, searcher)
+
+    def _features(self, searcher: Searcher, queries: Sequence[GroundTruthQuery]) -> Mapping[str, FeatureBatch]:
+        channels = {name: self._identity(searcher, name) for name in searcher.config.channels}
+        for query in queries:
+            if any((identity, query.image) not in self._held for identity in channels.values()):
+                extracted = searcher.encoder.extract([self._truth.picture(query).read_bytes()], [query.box])
+                self._held |= {(channels[name], query.image): batch for name, batch in extracted.items()}
+        return {
+            name: FeatureBatch.concatenate([self._held[identity, query.image] for query in queries])
+            for name, identity in channels.items()
+        }
+
+    @staticmethod
+    def _identity(searcher: Searcher, channel: str) -> str:
+        """Of all that comes before the encoders."""
+        return fingerprint(searcher.config.channels[channel].model_dump(mode="json", exclude={"encoders", "index"}))
 
 
-def coded(num_bytes: int) -> dict[str, Any]:
-    return {"name": "ivfpq", "bytes": num_bytes, "opq": True, "probes": 16}
-
-
-VLAD = [{"name": "rootsift"}, {"name": "vlad", "words": 64, "ssr": True, "intra": True}]
-EXTRACTION = Row("extraction", {"global": {}, "scales": {}, "local": {}})
-ROWS = (
-    Row("deep (MobileNetV2, GeM)", {"global": {}}),
-    Row("deep, fully whitened to 256", {"global": {"encoders": [whitened(256, 1.0)]}}),
-    Row("deep, fully whitened to 512", {"global": {"encoders": [whitened(512, 1.0)]}}),
-    Row("deep, half-whitened to 256", {"global": {"encoders": [whitened(256)]}}),
-    Row("deep, half-whitened to 512", {"global": {"encoders": [whitened(512)]}}),
-    Row("deep at 3 scales, half-whitened to 512", {"scales": {"encoders": [whitened(512)]}}),
-    Row("deep, half-whitened to 256, ivfpq 32 bytes", {"global": {"encoders": [whitened(256)], "index": coded(32)}}),
-    Row("deep, half-whitened to 256, ivfpq 16 bytes", {"global": {"encoders": [whitened(256)], "index": coded(16)}}),
-    Row("sift + VLAD", {"local": {}}),
-    Row("sift + VLAD, half-whitened to 512", {"local": {"encoders": [*VLAD, whitened(512)]}}),
-    Row("sift + VLAD, RANSAC on the best 100", {"local": {}}, rerank=100),
-    Row("deep and VLAD, fused", {"global": {}, "local": {}}),
-    Row("deep and VLAD, fused, RANSAC on the best 100", {"global": {}, "local": {}}, rerank=100),
-)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a configuration reached on one set."""
-
-    map: float
-    recall_at_1: float
-    bytes_per_image: float
-
-
-def scores(photographs: str, store: str) -> dict[str, Score]:
-    """All rows on one set; the queries' raw features are extracted once."""
+def measured(photographs: str, folder: Path) -> tuple[Row, ...]:
+    """All methods on one set, in this process."""
     limit_threads()
-    truth_file = DATA / "photos" / photographs / "ground_truth.csv"
-    everything = open_version(store, index(EXTRACTION.config(photographs, store)).version)
-    truth = read_ground_truth(truth_file).resolved(frozenset(everything.keys().values()))
-    raw = extracted(everything, truth)
-    found = {}
-    for row in ROWS:
-        manifest = index(row.config(photographs, store))
-        searcher = open_version(store, manifest.version)
-        quality = judged(searcher, truth, {name: raw[name] for name in row.channels})
-        found[row.name] = Score(
-            quality.mean_average_precision(), quality.recall_at(1), bytes_per_image(manifest, searcher, row, raw)
-        )
-        print(f"{photographs}: {row.name}: {found[row.name]}", file=sys.stderr, flush=True)
-    return found
+    chosen = candidates([str(folder / photographs)])
+    for candidate in chosen:
+        index(load_config(candidate.index))
+    measurement = Measurement(before_reranking=True, raw_features=QueryFeatures(photographs).of)
+    return compare(chosen, measurement, partial(print_progress, photographs)).rows
 
 
-def batches(number: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-    for start in range(0, number, QUERY_BATCH):
-        yield np.arange(start, min(start + QUERY_BATCH, number))
+def print_progress(photographs: str, name: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{photographs}: {name}", file=sys.stderr, flush=True)
 
 
-def extracted(searcher: Searcher, truth: GroundTruth) -> dict[str, FeatureBatch]:
-    """Raw features of all queries by channel."""
-    parts = []
-    for some in batches(len(truth.queries)):
-        pictures = [truth.picture(truth.queries[number]).read_bytes() for number in some]
-        parts.append(searcher.encoder.extract(pictures, [None] * len(pictures)))
-    return {name: FeatureBatch.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def judged(searcher: Searcher, truth: GroundTruth, raw: dict[str, FeatureBatch]) -> Quality:
-    """The quality of complete rankings."""
-    keys = searcher.keys()
-    rankings: list[Sequence[str]] = []
-    for some in batches(len(truth.queries)):
-        answer = searcher.answer_features({name: batch.take(some) for name, batch in raw.items()}, len(keys))
-        rankings += [[keys[image] for image in row if image >= 0] for row in answer.hits.image_ids.tolist()]
-    return evaluate(rankings, truth)
-
-
-def bytes_per_image(manifest: Manifest, searcher: Searcher, row: Row, raw: dict[str, FeatureBatch]) -> float:
-    """Of entries in the index (trained codebooks do not grow with it), and of stored features if they are used."""
-    one = searcher.encoder.encode({name: raw[name].take(np.zeros(1, np.int64)) for name in row.channels})
-    entries = sum(
-        searcher.config.channels[name].index.entry_bytes(batch.descriptors.shape[1]) for name, batch in one.items()
-    )
-    if not row.rerank:
-        return entries
-    sizes = {file.key: file.num_bytes for file in manifest.files}
-    features = {key for part in Layout.from_json(manifest.layout).partitions for key in part.features.values()}
-    return entries + sum(sizes[key] for key in features) / manifest.counts["indexed"]
-
-
-def table(found: dict[str, dict[str, Score]]) -> str:
-    """Markdown."""
-    lines = ["| | " + " | ".join(SETS) + " | bytes per image |", "|---" * (len(SETS) + 2) + "|"]
-    for row in ROWS:
-        cells = [f"{found[name][row.name].map:.3f} / {found[name][row.name].recall_at_1:.3f}" for name in SETS]
-        size = np.mean([found[name][row.name].bytes_per_image for name in SETS])
-        lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {size:,.0f} |")
+def with_references(table: Table) -> str:
+    """Markdown, with the references below the methods."""
+    lines = [table.markdown()]
     for name, precisions in REFERENCES.items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in precisions) + " | |")
+        known = ["" if value is None else f"{value:.3f}" for value in precisions]
+        mean = [
+            f"{np.mean([value for value in precisions if value is not None]):.3f}" if None not in precisions else ""
+        ]
+        blank = [""] * (len(table.header) - len(known) - 2)
+        lines.append(f"| {' | '.join([name, *known, *mean, *blank])} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods, such as vlad")
+    parser.add_argument("--configs", type=Path, default=Path(__file__).parent / "quality", help="folder of YAMLs")
     parser.add_argument("--store", help="keep the work in this folder")
-    chosen = parser.parse_args().store
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments()
     if not (DATA / "photos").is_dir():
         sys.exit(f"no photographs at {DATA}/photos; set CBIR_TEST_DATA")
+    methods = [path for path in sorted(chosen.configs.glob("*.yaml")) if not chosen.names or path.stem in chosen.names]
+    if not methods:
+        sys.exit(f"none of {', '.join(chosen.names) or '*.yaml'} in {chosen.configs}")
     with tempfile.TemporaryDirectory(prefix="bench-quality-") as temporary:
-        store = str(chosen or temporary)
-        for name in SETS:
-            index(EXTRACTION.config(name, store, workers=PROCESSES))
+        store, folder = chosen.store or f"{temporary}/store", Path(temporary)
+        write_configurations(folder, methods, store)
+        # The distractors belong to every set: all processes work on them here, and none of the later ones does.
+        for method in methods:
+            index(load_config(folder / SETS[0] / method.name, [f"workers={PROCESSES}"]))
         with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-            found = dict(zip(SETS, pool.map(scores, SETS, [store] * len(SETS)), strict=True))
-    print(table(found))
+            rows = [row for some in pool.map(measured, SETS, [folder] * len(SETS)) for row in some]
+    print_tables(Comparison(tuple(rows)))
+
+
+def print_tables(comparison: Comparison) -> None:
+    overview = comparison.by_ground_truth()
+    if overview is not None:
+        print(with_references(overview), end="\n\n")
+    print(comparison.table().markdown())
+    for row in comparison.failed:
+        print(f"{row.name}: {row.error}", file=sys.stderr)
+    sys.exit(bool(comparison.failed))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,10 @@ class TestConfiguration:
                 {"channels": {"a": channel(VLAD, extractor=DEEP)}},
                 "channels.a.encoders.0: vlad aggregates local features, but",
             ),
-            ({"channels": {"a": channel(ROOTSIFT)}}, "channels.a.encoders: the index holds one descriptor per image"),
+            (
+                {"channels": {"a": channel(ROOTSIFT)}},
+                "channels.a.encoders: the index flat holds one descriptor per image",
+            ),
             (
                 {"channels": {"a": channel(VLAD)}, "search": {"rerank": [{"name": "ransac", "channel": "a"}]}},
                 "search.rerank.0: needs the features of its channel; set channels.a.keep_features: true",

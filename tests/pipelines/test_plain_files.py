@@ -41,7 +41,7 @@ def built(
     manifest = Versions(store).load()
     files: dict[str, list[str]] = {}
     for part in manifest.layout["partitions"]:
-        files.setdefault("index", []).append(str(root / part["indexes"]["local"]))
+        files.setdefault("index", []).append(str(root / part["indexes"]["local"][0]))
         files.setdefault("features", []).append(str(root / part["features"]["local"]))
         files.setdefault("ids", []).append(str(root / part["ids"]))
         files.setdefault("quarantine", []).append(str(root / part["quarantine"]))

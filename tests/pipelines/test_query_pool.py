@@ -195,7 +195,7 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_in_use(
     pool: QueryPool, versions: Versions, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
 ) -> None:
     part = versions.load(2).layout["partitions"][1]
-    path = Path(versions.store.uri.removeprefix("file://")) / part["indexes"]["local"]
+    path = Path(versions.store.uri.removeprefix("file://")) / part["indexes"]["local"][0]
     kept = path.rename(path.with_suffix(".gone"))
     versions.rollback(2)
     try:

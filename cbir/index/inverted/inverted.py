@@ -45,9 +45,9 @@ class InvertedSpec(IndexSpec):
     encodes_queries: ClassVar[bool] = True
 
     words: PositiveInt = Field(default=65536, description="size of the codebook")
-    iterations: PositiveInt = Field(default=10, description="rounds of k-means")
+    iterations: PositiveInt = Field(default=5, description="rounds of k-means")
     assigner: AssignerName = Field(
-        default="auto", description="how the nearest words are found; auto: exactly below 1,024 words, else by hnsw"
+        default="auto", description="how the nearest words are found; auto: exactly below 1,024 words, else by ivf"
     )
     assignments: PositiveInt = Field(default=1, description="nearest words of a feature of an indexed image")
     query_assignments: PositiveInt = Field(default=1, description="nearest words of a feature of a query")
