@@ -46,6 +46,8 @@ class ChannelLayout:
     encoders: tuple[str, ...]
     index: str
     assets: Mapping[str, str]
+    background: float | None = None
+    """How far above the lowest the scores of irrelevant images lie, where a fusion needs it."""
 
 
 @dataclass(frozen=True)

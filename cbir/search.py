@@ -163,9 +163,7 @@ class QueryEncoder:
         return {name: self._query(name, batch) for name, batch in features.items()}
 
     def _query(self, channel: str, batch: FeatureBatch) -> FeatureBatch:
-        for encoder in self._encoders[channel]:
-            encode = encoder.encode_queries if isinstance(encoder, AsymmetricEncoder) else encoder.encode
-            batch = encode(batch)
+        batch = encode_queries(self._encoders[channel], batch)
         index = self._indexes.get(channel)
         return batch if index is None else index.queries(batch)
 
@@ -200,6 +198,14 @@ def encode_all(encoders: Sequence[Encoder], batch: FeatureBatch) -> FeatureBatch
     """The batch after every encoder in turn."""
     for encoder in encoders:
         batch = encoder.encode(batch)
+    return batch
+
+
+def encode_queries(encoders: Sequence[Encoder], batch: FeatureBatch) -> FeatureBatch:
+    """The same for queries, which some encoders give another form."""
+    for encoder in encoders:
+        encode = encoder.encode_queries if isinstance(encoder, AsymmetricEncoder) else encoder.encode
+        batch = encode(batch)
     return batch
 
 
@@ -280,7 +286,9 @@ class Searcher:
     def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[PartitionLike]):
         self.manifest, self.config = manifest, config
         self.encoder, self.partitions = encoder, list(parts)
-        self._fusion = config.search.fuse.build() if config.search.fuse else None
+        channels = Layout.from_json(manifest.layout).channels
+        backgrounds = {name: value for name, part in channels.items() if (value := part.background) is not None}
+        self._fusion = config.search.fuse.build(backgrounds) if config.search.fuse else None
         self._rerankers = [spec.build() for spec in config.search.rerank]
         self._edges = np.array([part.low for part in parts], np.int64)
 

@@ -23,17 +23,8 @@ from cbir.versions import Manifest, Versions, unique_files
 from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
 from pipelines.gate import EvaluateTask, check_ground_truth
-from pipelines.stages import (
-    BuildTask,
-    CatalogTask,
-    CodebookTask,
-    Extracted,
-    MergeTask,
-    PublishFeaturesTask,
-    SampleTask,
-    TotalsTask,
-    TrainTask,
-)
+from pipelines.stages import BuildTask, CatalogTask, Extracted, MergeTask, PublishFeaturesTask, TotalsTask
+from pipelines.training import BackgroundTask, CodebookTask, SampleTask, TrainTask
 from pipelines.work import Asset, ChannelWork, Report, Task
 
 __all__ = ["Progress", "Silent", "index", "plan"]
@@ -185,13 +176,14 @@ class _Run:
             "catalog", [CatalogTask.of(bound, everything, config.images) for bound in bounds], config.pools.build
         )
         merges = self._merges(works, extracted, trains, builds, totals, bounds)
+        backgrounds = self._backgrounds(works, extracted, trains)
         counts = _counts(extracted[works[0].name], catalogs)
         layout = Layout(
-            {work.name: _channel_layout(work, trains[work.name]) for work in works},
+            {work.name: _channel_layout(work, trains[work.name], backgrounds.get(work.name)) for work in works},
             tuple(_partition(b, c, merges) for b, c in zip(bounds, catalogs, strict=True)),
         )
         records = [*dones, *trains.values(), *catalogs, *(done for parts in builds.values() for done in parts)]
-        records += [*totals.values(), *merges.values()]
+        records += [*totals.values(), *merges.values(), *backgrounds.values()]
         return _Built(layout, records, works, counts, builds, trains)
 
     def _trains(self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]) -> dict[str, Done]:
@@ -222,6 +214,19 @@ class _Run:
         seed = self.config.sample.seed
         tasks = [CodebookTask.of(work, drawn[work.name], samples[work.name], seed) for work in works]
         dones = self._stage("codebook", tasks, self.config.pools.build)
+        return {work.name: done for work, done in zip(works, dones, strict=True)}
+
+    def _backgrounds(
+        self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]], trains: Mapping[str, Done]
+    ) -> dict[str, Done]:
+        """The scores of irrelevant images in every channel, if the fusion needs to know them."""
+        fuse = self.config.search.fuse
+        if fuse is None or not fuse.needs_backgrounds:
+            return {}
+        drawn = {work.name: self._sample_tasks(extracted[work.name]) for work in works}
+        samples, seed = self._stage_by_channel("sample", drawn), self.config.sample.seed
+        tasks = [BackgroundTask.of(work, trains[work.name], samples[work.name], seed) for work in works]
+        dones = self._stage("background", tasks, self.config.pools.build)
         return {work.name: done for work, done in zip(works, dones, strict=True)}
 
     def _sample_tasks(self, extracted: Sequence[Extracted]) -> list[SampleTask]:
@@ -356,10 +361,11 @@ def _published(layout: Layout) -> set[str]:
     return keys.union(*(part.keys for part in layout.partitions))
 
 
-def _channel_layout(work: ChannelWork, train: Done) -> ChannelLayout:
+def _channel_layout(work: ChannelWork, train: Done, background: Done | None) -> ChannelLayout:
     encoders = tuple(train.file(f"encoder-{number}").key for number in range(len(work.channel.encoders)))
     assets = {name: asset.key for name, asset in work.assets.items()}
-    return ChannelLayout(encoders, train.file("index").key, assets)
+    value = float(background.facts["background"]) if background else None
+    return ChannelLayout(encoders, train.file("index").key, assets, value)
 
 
 def _partition(bound: tuple[int, int], catalog: Done, merges: Mapping[_Part, Done]) -> PartitionLayout:

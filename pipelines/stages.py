@@ -1,8 +1,7 @@
-"""The stages after `extract`: sample, train, build, catalog and merge, each a task over plain files of the store."""
+"""The stages after training: build, totals, catalog and merge, each a task over plain files of the store."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,227 +11,27 @@ from safetensors.numpy import save as save_safetensors
 
 from cbir.artifacts import Done, StoredFile, read_part
 from cbir.collection import Place
-from cbir.encoding.encoder import Encoder
 from cbir.errors import DataError
 from cbir.index.dense import exact_search
-from cbir.index.index import Index
 from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
 from cbir.search import encode_all
 from cbir.spec import fingerprint
-from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits, Int64s, State
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits
 from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet
+from pipelines.training import Trained
 from pipelines.work import ChannelWork, Task, Worker
 
 __all__ = [
     "BuildTask",
     "CatalogTask",
-    "CodebookTask",
     "Extracted",
     "MergeTask",
     "PublishFeaturesTask",
-    "SampleTask",
     "TotalsTask",
-    "TrainTask",
     "probe_hits",
-    "seeded_uniform",
 ]
 
 PROBE_DEPTH = 100
-
-
-def seeded_uniform(image_ids: Int64s, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A number in [0, 1) per image that depends on its id and the seed alone (SplitMix64, Steele et al. 2014)."""
-    x = image_ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % (1 << 64))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) / 2.0**64
-
-
-@dataclass(frozen=True)
-class SampleTask(Task):
-    """The part of one shard that the codebook sample takes: whole images, chosen by a seeded hash of their ids."""
-
-    stage: ClassVar[str] = "sample"
-    features: Done
-    share: float
-    seed: int
-
-    @classmethod
-    def of(cls, features: Done, share: float, seed: int) -> "SampleTask":
-        """The task for the features of one shard."""
-        return cls("sample", fingerprint("sample", features.fingerprint, share, seed), features, share, seed)
-
-    def run(self, worker: Worker) -> Done:
-        """Read the ids, then only the row groups with a chosen image; the sample of all is the features' own file."""
-        features = self.features.file("features")
-        if self.share >= 1.0:
-            counts = {"images": self.features.counts["indexed"], "features": self.features.counts["features"]}
-            return self.finish(worker, [replace(features, role="sample")], counts)
-        with worker.timer.phase("read"):
-            parts = list(self._chosen(worker, features))
-        path = worker.scratch("sample.parquet")
-        sample = FeatureBatch.concatenate(parts) if parts else None
-        table = pa.Table.from_batches([sample.to_arrow()]) if sample else FEATURES_SCHEMA.empty_table()
-        write_parquet(path, table, row_bytes=max(table.nbytes // max(table.num_rows, 1), 1))
-        counts = {"images": len(sample) if sample else 0, "features": len(sample.descriptors) if sample else 0}
-        return self.finish(worker, [self.put(worker, "sample", path, "parquet")], counts)
-
-    def _chosen(self, worker: Worker, features: StoredFile) -> Iterator[FeatureBatch]:
-        parquet = open_parquet(worker.store, features)
-        for group in range(parquet.num_row_groups):
-            ids = parquet.read_row_group(group, columns=["image_id"]).column("image_id").to_numpy()
-            chosen = np.flatnonzero(seeded_uniform(ids, self.seed) < self.share)
-            if len(chosen):
-                table = parquet.read_row_group(group, columns=FEATURES_SCHEMA.names)
-                yield FeatureBatch.from_arrow(table).take(chosen)
-
-
-@dataclass(frozen=True)
-class CodebookTask(Task):
-    """Train the codebook of the index of one channel on the sample of all shards, sorted by image id.
-
-    It depends on few of the index's settings; indexes that differ in others only share it.
-    """
-
-    stage: ClassVar[str] = "codebook"
-    work: ChannelWork
-    samples: tuple[Done, ...]
-    seed: int
-
-    @classmethod
-    def of(cls, work: ChannelWork, made_of: Sequence[SampleTask], samples: Sequence[Done], seed: int) -> "CodebookTask":
-        """The task of one channel; its fingerprint is known before the samples are."""
-        encoders = [encoder.identity() for encoder in work.channel.encoders]
-        sources = sorted(task.fingerprint for task in made_of)
-        identity = fingerprint("codebook", encoders, work.channel.index.codebook_identity(), seed, sources)
-        return cls(f"codebook [{work.name}]", identity, work, tuple(samples), seed)
-
-    def run(self, worker: Worker) -> Done:
-        """Fit the encoders, encode the sample, train."""
-        with worker.timer.phase("read"):
-            sample = _whole_sample(worker, self.work, self.samples)
-        counts = {"images": len(sample), "features": len(sample.descriptors)}
-        with worker.timer.phase("device"):
-            for position, spec in enumerate(self.work.channel.encoders):
-                with _at(f"channels.{self.work.name}.encoders.{position}"):
-                    sample = spec.fit(sample, self.seed).encode(sample)
-            with _at(f"channels.{self.work.name}.index"):
-                state = self.work.channel.index.train_codebook(sample, self.seed)
-        return self.finish(worker, [self.put(worker, "codebook", _packed(state), "safetensors")], counts)
-
-
-def _whole_sample(worker: Worker, work: ChannelWork, samples: Sequence[Done]) -> FeatureBatch:
-    """The sample of all shards by rising image id; DataError if it is empty."""
-    found = [done for done in samples if done.counts["images"]]
-    if not found:
-        raise DataError(
-            f"channel {work.name!r} has no image to train on: every image was quarantined "
-            "(see quarantine.parquet) or the sample is too small (sample.images)"
-        )
-    files = [open_parquet(worker.store, done.file("sample")) for done in found]
-    tables = (file.read(columns=FEATURES_SCHEMA.names) for file in files)
-    sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
-    return sample.take(np.argsort(sample.image_ids, kind="stable"))
-
-
-def _packed(state: State) -> bytes:
-    return save_safetensors({name: np.ascontiguousarray(array) for name, array in state.items()})
-
-
-@dataclass(frozen=True)
-class TrainTask(Task):
-    """Train the encoders and the index of one channel on the sample of all shards, sorted by image id."""
-
-    stage: ClassVar[str] = "train"
-    work: ChannelWork
-    samples: tuple[Done, ...]
-    seed: int
-    probes: int
-    codebook: Done | None
-
-    @classmethod
-    def of(
-        cls,
-        work: ChannelWork,
-        made_of: Sequence[SampleTask],
-        samples: Sequence[Done],
-        seed: int,
-        probes: int,
-        codebook: Done | None = None,
-    ) -> "TrainTask":
-        """The task of one channel; its fingerprint is known before samples and codebook are, which what is done needs
-        not."""
-        sources = sorted(task.fingerprint for task in made_of)
-        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, sources)
-        return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes, codebook)
-
-    def run(self, worker: Worker) -> Done:
-        """Fit each encoder on what the encoders before it make of the sample, then the index."""
-        with worker.timer.phase("read"):
-            sample = _whole_sample(worker, self.work, self.samples)
-        counts = {"images": len(sample), "features": len(sample.descriptors)}
-        num = 0 if self.work.channel.index.local else self.probes
-        chosen = np.sort(np.argsort(seeded_uniform(sample.image_ids, self.seed + 1), kind="stable")[:num])
-        probes = sample.take(chosen)
-        channel, files = self.work.channel, []
-        fits = channel.index.trained if self.codebook is None else channel.index.fits_sample
-        trained = [*(spec.trained for spec in channel.encoders), fits]
-        with worker.timer.phase("device"):
-            for position, spec in enumerate(channel.encoders):
-                with _at(f"channels.{self.work.name}.encoders.{position}"):
-                    encoder = spec.fit(sample, self.seed)
-                probes = encoder.encode(probes)
-                # Where nothing after it looks at the sample, the sample need not be encoded any further.
-                sample = encoder.encode(sample) if any(trained[position + 1 :]) else probes
-                files.append(self._put_state(worker, f"encoder-{position}", encoder))
-            with _at(f"channels.{self.work.name}.index"):
-                index = self._trained_index(worker, sample)
-        files.append(self._put_state(worker, "index", index))
-        path = worker.scratch("probes.parquet")
-        write_parquet(path, pa.Table.from_batches([probes.to_arrow()]))
-        files.append(self.put(worker, "probes", path, "parquet"))
-        return self.finish(worker, files, counts, {"dim": int(probes.descriptors.shape[1])})
-
-    def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
-        return self.put(worker, role, _packed(trained.state()), "safetensors")
-
-    def _trained_index(self, worker: Worker, sample: FeatureBatch) -> Index:
-        spec = self.work.channel.index
-        if self.codebook is None:
-            return spec.train(sample, self.seed)
-        codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))
-        return spec.finish(codebook, sample, self.seed)
-
-
-@contextlib.contextmanager
-def _at(path: str) -> Iterator[None]:
-    """Name the place in the YAML whose method cannot be trained."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The trained state of a channel in a worker."""
-
-    encoders: list[Encoder]
-    index: Index
-    probes: FeatureBatch
-
-    @classmethod
-    def restore(cls, worker: Worker, work: ChannelWork, train: Done) -> "Trained":
-        """From the files of a finished `train`."""
-
-        def state(role: str) -> dict[str, Any]:
-            file = train.file(role)
-            return load_safetensors(read_part(worker.store, file))
-
-        channel = work.channel
-        encoders = [spec.restore(state(f"encoder-{number}")) for number, spec in enumerate(channel.encoders)]
-        probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
-        return cls(encoders, channel.index.restore(state("index")), probes)
 
 
 @dataclass(frozen=True)

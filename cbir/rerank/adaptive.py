@@ -31,10 +31,12 @@ class Adaptive(FusionSpec):
     image. `product` is the paper's rule, the product of scores to the power of the weights; it follows the channel of
     the larger weight nearly alone.
 
-    The area is known only from lists that reach far into the irrelevant images: a large `search.depth`, thousands or
-    the whole of a small collection. Shorter lists need `backgrounds`: how far the score of any image lies above the
-    lowest in the mean, a constant of the channel that `cbir evaluate` measures on a small collection.
+    The area is known only from lists that reach far into the irrelevant images. So that shorter ones do as well, it is
+    taken from `backgrounds`: how far the score of any image lies above the lowest in the mean, a constant of a channel
+    that is measured on the sample when the index is built; from the query's own list where there is none.
     """
+
+    needs_backgrounds: ClassVar[bool] = True
 
     name: Literal["adaptive"] = "adaptive"
     paper: ClassVar[str] = "Zheng et al., Query-adaptive late fusion for image search and person re-id, CVPR 2015"
@@ -42,7 +44,7 @@ class Adaptive(FusionSpec):
     rule: Literal["sum", "product"] = Field(default="sum", description="how weighted scores are joined")
     backgrounds: dict[str, PositiveFloat] = Field(
         default={},
-        description="mean excess of scores, per channel; from the query's own list if a channel is not named",
+        description="mean excess of scores, per channel; measured when the index is built if a channel is not named",
     )
 
     @property
@@ -50,9 +52,10 @@ class Adaptive(FusionSpec):
         """Those with a background of their own."""
         return self.backgrounds.keys()
 
-    def build(self) -> "AdaptiveFusion":
-        """The working fusion."""
-        return AdaptiveFusion(self)
+    def build(self, backgrounds: Mapping[str, float] | None = None) -> "AdaptiveFusion":
+        """The working fusion; the configuration's own backgrounds go before those that were measured."""
+        measured = {name: value for name, value in (backgrounds or {}).items() if value > 0}
+        return AdaptiveFusion(self, measured | self.backgrounds)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def background(hits: Hits, num_images: int) -> float:
 class AdaptiveFusion:
     """Weighted sum or product of normalised scores, with weights of this query."""
 
-    def __init__(self, spec: Adaptive) -> None:
-        self._spec = spec
+    def __init__(self, spec: Adaptive, backgrounds: Mapping[str, float]) -> None:
+        self._spec, self._backgrounds = spec, backgrounds
 
     def fuse(self, hits: Mapping[str, Hits], depth: int) -> Hits:
         """The best `depth` of all images in any list; ConfigError for a background without a channel."""
@@ -103,7 +106,7 @@ class AdaptiveFusion:
         return fuse_lists(hits, depth, self._combine)
 
     def _combine(self, lists: Mapping[str, RankedList], number: int) -> Doubles:
-        curves = [ScoreCurve.of(found, number, self._spec.backgrounds.get(name)) for name, found in lists.items()]
+        curves = [ScoreCurve.of(found, number, self._backgrounds.get(name)) for name, found in lists.items()]
         telling = [curve for curve in curves if curve is not None]
         weights = np.array([1 / curve.area for curve in telling])
         weights /= weights.sum()

@@ -33,7 +33,7 @@ class Late(FusionSpec):
         """Those with a weight of their own."""
         return self.weights.keys()
 
-    def build(self) -> "LateFusion":
+    def build(self, backgrounds: Mapping[str, float] | None = None) -> "LateFusion":  # noqa: ARG002 - needs none
         """The working fusion."""
         return LateFusion(self)
 

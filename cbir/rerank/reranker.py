@@ -50,14 +50,16 @@ class FusionSpec(Method):
     """Configuration of a fusion."""
 
     role: ClassVar[str] = "fusion"
+    needs_backgrounds: ClassVar[bool] = False
+    """Whether the scores of irrelevant images are to be measured in every channel when an index is built."""
 
     @property
     def channels(self) -> Collection[str]:
         """The channels that it names; each must exist."""
         return ()
 
-    def build(self) -> Fusion:
-        """The working fusion."""
+    def build(self, backgrounds: Mapping[str, float] | None = None) -> Fusion:
+        """The working fusion; `backgrounds` by channel, if it needs them and they were measured."""
         raise NotImplementedError
 
 

@@ -26,7 +26,7 @@ class Rrf(FusionSpec):
     k: NonNegativeFloat = 60.0
     """How little the first ranks differ."""
 
-    def build(self) -> "ReciprocalRankFusion":
+    def build(self, backgrounds: Mapping[str, float] | None = None) -> "ReciprocalRankFusion":  # noqa: ARG002 - needs none
         """The working fusion."""
         return ReciprocalRankFusion(self)
 

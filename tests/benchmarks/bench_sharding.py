@@ -24,8 +24,9 @@ from cbir.index.index import SearchIndex
 from cbir.layout import partition_bounds
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, Floats, Hits, Int64s, image_id
-from pipelines.stages import BuildTask, MergeTask, SampleTask, TrainTask
+from pipelines.stages import BuildTask, MergeTask
 from pipelines.tables import ShardWriter
+from pipelines.training import SampleTask, TrainTask
 from pipelines.work import ChannelWork, Worker, limit_threads
 
 DIM, DEPTH, NUM_QUERIES, SEED = 32, 10, 200, 5

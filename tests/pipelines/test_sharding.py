@@ -42,7 +42,7 @@ CHANNELS = {
 SETTINGS = {
     "channels": CHANNELS,
     "sample": {"images": 30},
-    "search": {"depth": 50, "fuse": {"name": "late"}, "rerank": [{"name": "ransac", "channel": "flat", "top": 10}]},
+    "search": {"depth": 50, "fuse": {"name": "adaptive"}, "rerank": [{"name": "ransac", "channel": "flat", "top": 10}]},
 }
 
 

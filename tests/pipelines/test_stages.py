@@ -11,8 +11,9 @@ from cbir.artifacts import Done
 from cbir.config import Channel
 from cbir.errors import DataError
 from cbir.types import FEATURES_SCHEMA, FeatureBatch
-from pipelines.stages import BuildTask, SampleTask, TrainTask, seeded_uniform
+from pipelines.stages import BuildTask
 from pipelines.tables import open_parquet, read_features
+from pipelines.training import SampleTask, TrainTask, seeded_uniform
 from pipelines.work import ChannelWork, Worker
 from tests.benchmarks import bench_sharding as bench
 
