@@ -61,13 +61,16 @@ class _Trial:
     features: float
     feature_bytes: float
     entry_bytes: float
+    signature_bytes: float
+    """If signatures are kept: a code of one bit per dimension, a word and a place for every feature."""
 
     def disk_bytes(self, channel: Channel) -> float:
         """Of the features, which are stored for re-use and perhaps once more for the reranker, and of the index.
 
         Vectors lie in the entries of every shard and in the merged partitions.
         """
-        return self.feature_bytes * (2 if channel.keep_features else 1) + 2 * self.entry_bytes
+        signatures = 2 * self.signature_bytes if channel.keep_signatures else 0
+        return self.feature_bytes * (2 if channel.keep_features else 1) + 2 * self.entry_bytes + signatures
 
 
 def estimate(config: Config) -> Estimate:
@@ -169,6 +172,7 @@ def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int)
         features=len(features.descriptors) / good,
         feature_bytes=(features.descriptors.nbytes + features.geometry.nbytes + boxes.nbytes) / good,
         entry_bytes=rows * channel.index.entry_bytes(dim),
+        signature_bytes=rows * (dim / 8 + 4 * (1 + features.geometry.shape[1])),
     )
 
 
@@ -179,6 +183,8 @@ def _num_workers(config: Config, pool: Pool) -> int:
 def _disk_line(config: Config, name: str, trial: _Trial, total: float) -> Line:
     copies = "2 x" if config.channels[name].keep_features else "1 x"
     basis = f"per image {copies} {_bytes(trial.feature_bytes)} of features, 2 x {_bytes(trial.entry_bytes)} of index"
+    if config.channels[name].keep_signatures:
+        basis += f", 2 x {_bytes(trial.signature_bytes)} of signatures"
     return Line(f"{name}: disk", _bytes(total), f"{basis}; {trial.tried} images tried")
 
 
