@@ -24,12 +24,22 @@ from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
 from pipelines.gate import EvaluateTask, check_ground_truth
 from pipelines.stages import BuildTask, CatalogTask, Extracted, MergeTask, PublishFeaturesTask, TotalsTask
-from pipelines.training import BackgroundTask, CodebookTask, SampleTask, TrainTask
+from pipelines.training import (
+    BackgroundTask,
+    CodebookRoundTask,
+    CodebookSumsTask,
+    CodebookTask,
+    SampleTask,
+    TrainTask,
+)
 from pipelines.work import Asset, ChannelWork, Report, Task
 
 __all__ = ["Progress", "Silent", "index", "plan"]
 
 T = TypeVar("T", bound=Task)
+
+_PART_FEATURES = 200_000
+"""Features of the sample that a worker adds up at a time, for a round of a codebook."""
 
 _Part = tuple[int, str, str, int]
 """A file of a partition: the partition's least id, the channel, the role, and its number among those of this role."""
@@ -208,13 +218,28 @@ class _Run:
         drawn: Mapping[str, Sequence[SampleTask]],
         samples: Mapping[str, Sequence[Done]],
     ) -> dict[str, Done]:
-        """The codebooks of these channels."""
+        """The codebooks of these channels: large ones are begun by one worker and take rounds over all workers."""
         if not works:
             return {}
-        seed = self.config.sample.seed
+        seed, pool = self.config.sample.seed, self.config.pools.build
         tasks = [CodebookTask.of(work, drawn[work.name], samples[work.name], seed) for work in works]
-        dones = self._stage("codebook", tasks, self.config.pools.build)
-        return {work.name: done for work, done in zip(works, dones, strict=True)}
+        begun = dict(zip((work.name for work in works), self._stage("codebook", tasks, pool), strict=True))
+        books = dict(begun)
+        rounds = {work.name: work.channel.index.codebook_rounds for work in works}
+        for number in range(1, max(rounds.values()) + 1):
+            title = f"codebook, round {number} of {max(rounds.values())}"
+            some = [work for work in works if number <= rounds[work.name]]
+            parts = {
+                work.name: [
+                    CodebookSumsTask.of(work, begun[work.name], books[work.name], part)
+                    for part in _in_parts(samples[work.name])
+                ]
+                for work in some
+            }
+            sums = self._stage_by_channel("codebook", parts, title)
+            ends = [CodebookRoundTask.of(w, books[w.name], sums[w.name], last=number == rounds[w.name]) for w in some]
+            books |= dict(zip((work.name for work in some), self._stage(title, ends, pool), strict=True))
+        return books
 
     def _backgrounds(
         self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]], trains: Mapping[str, Done]
@@ -295,8 +320,12 @@ class _Run:
                 total += sum(done.facts["signature_bytes"] for done in builds[work.name])
         return max(1, math.ceil(total / (self.config.partition_megabytes * 1e6)))
 
-    def _stage_by_channel(self, name: str, tasks: Mapping[str, Sequence[Task]]) -> dict[str, list[Done]]:
-        dones = iter(self._stage(name, [task for some in tasks.values() for task in some], self.config.pools.build))
+    def _stage_by_channel(
+        self, name: str, tasks: Mapping[str, Sequence[Task]], title: str = ""
+    ) -> dict[str, list[Done]]:
+        dones = iter(
+            self._stage(title or name, [task for some in tasks.values() for task in some], self.config.pools.build)
+        )
         return {channel: [next(dones) for _ in some] for channel, some in tasks.items()}
 
     def _stage(
@@ -354,6 +383,19 @@ class _Run:
         task = EvaluateTask.of(manifest, built.builds, built.trains)
         done = self._stage("evaluate", [task], config.pools.build)[0]
         return task.accepted(self.store, done)
+
+
+def _in_parts(samples: Sequence[Done]) -> list[list[Done]]:
+    """Shards of the sample in parts of about `_PART_FEATURES`."""
+    parts: list[list[Done]] = []
+    held = _PART_FEATURES
+    for done in (sample for sample in samples if sample.counts["images"]):
+        if held >= _PART_FEATURES:
+            parts.append([])
+            held = 0
+        parts[-1].append(done)
+        held += done.counts["features"]
+    return parts
 
 
 def _published(layout: Layout) -> set[str]:

@@ -46,7 +46,7 @@ class BuildTask(Task):
     @classmethod
     def of(cls, work: ChannelWork, features: Done, train: Done) -> "BuildTask":
         """The task of one shard."""
-        identity = fingerprint("build", features.fingerprint, train.fingerprint)
+        identity = fingerprint("build", features.fingerprint, train.fingerprint, work.channel.keep_signatures)
         return cls(f"entries [{work.name}]", identity, work, features, train)
 
     @property
@@ -79,7 +79,7 @@ class BuildTask(Task):
         if spec.has_statistics:
             arrays = dict(trained.index.statistics(table))
             files.append(self.put(worker, "statistics", save_safetensors(arrays), "safetensors"))
-        if signatures:
+        if self.work.channel.keep_signatures:
             facts["signature_bytes"] = sum(batch.nbytes for batch in signatures)
             files.append(self._put_signatures(worker, signatures))
         counts = {"images": self.features.counts["indexed"], "vectors": table.num_rows}

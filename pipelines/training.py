@@ -21,7 +21,17 @@ from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s, State
 from pipelines.tables import open_parquet, write_parquet
 from pipelines.work import ChannelWork, Task, Worker
 
-__all__ = ["BackgroundTask", "CodebookTask", "SampleTask", "TrainTask", "Trained", "packed", "seeded_uniform"]
+__all__ = [
+    "BackgroundTask",
+    "CodebookRoundTask",
+    "CodebookSumsTask",
+    "CodebookTask",
+    "SampleTask",
+    "TrainTask",
+    "Trained",
+    "packed",
+    "seeded_uniform",
+]
 
 BACKGROUND_IMAGES, BACKGROUND_QUERIES = 224, 32
 
@@ -75,7 +85,8 @@ class SampleTask(Task):
 
 @dataclass(frozen=True)
 class CodebookTask(Task):
-    """Train the codebook of the index of one channel on the sample of all shards, sorted by image id.
+    """Fit the encoders of one channel on the sample of all shards, sorted by image id, and train the codebook of its
+    index, or begin to.
 
     It depends on few of the index's settings; indexes that differ in others only share it.
     """
@@ -97,14 +108,84 @@ class CodebookTask(Task):
         """Fit the encoders, encode the sample, train."""
         with worker.timer.phase("read"):
             sample = _whole_sample(worker, self.work, self.samples)
-        counts = {"images": len(sample), "features": len(sample.descriptors)}
+        counts, files = {"images": len(sample), "features": len(sample.descriptors)}, []
         with worker.timer.phase("device"):
             for position, spec in enumerate(self.work.channel.encoders):
                 with _at(f"channels.{self.work.name}.encoders.{position}"):
-                    sample = spec.fit(sample, self.seed).encode(sample)
+                    encoder = spec.fit(sample, self.seed)
+                sample = encoder.encode(sample)
+                files.append(self.put(worker, f"encoder-{position}", packed(encoder.state()), "safetensors"))
             with _at(f"channels.{self.work.name}.index"):
                 state = self.work.channel.index.train_codebook(sample, self.seed)
-        return self.finish(worker, [self.put(worker, "codebook", packed(state), "safetensors")], counts)
+        return self.finish(worker, [*files, self.put(worker, "codebook", packed(state), "safetensors")], counts)
+
+
+@dataclass(frozen=True)
+class CodebookSumsTask(Task):
+    """What a part of the sample adds to the next round of a codebook."""
+
+    stage: ClassVar[str] = "codebook"
+    work: ChannelWork
+    begun: Done
+    codebook: Done
+    samples: tuple[Done, ...]
+
+    @classmethod
+    def of(cls, work: ChannelWork, begun: Done, codebook: Done, samples: Sequence[Done]) -> "CodebookSumsTask":
+        """The task of some shards; `begun` has the encoders, `codebook` is that of the round before."""
+        identity = fingerprint("codebook sums", codebook.fingerprint, [done.fingerprint for done in samples])
+        return cls(f"part of a round [{work.name}]", identity, work, begun, codebook, tuple(samples))
+
+    @property
+    def weight(self) -> int:
+        """Features to compare with the words."""
+        return sum(done.counts["features"] for done in self.samples)
+
+    def run(self, worker: Worker) -> Done:
+        """Sums of integers, which come out the same however the sample is divided."""
+        encoders = _restored_encoders(worker, self.work, self.begun)
+        codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))
+        with worker.timer.phase("read"):
+            sample = _whole_sample(worker, self.work, self.samples)
+        with worker.timer.phase("device"):
+            sums = self.work.channel.index.codebook_sums(codebook, encode_all(encoders, sample))
+        return self.finish(worker, [self.put(worker, "sums", packed(sums), "safetensors")], {})
+
+
+@dataclass(frozen=True)
+class CodebookRoundTask(Task):
+    """The codebook after a round, from what all parts of the sample add."""
+
+    stage: ClassVar[str] = "codebook"
+    work: ChannelWork
+    codebook: Done
+    sums: tuple[Done, ...]
+    last: bool
+
+    @classmethod
+    def of(cls, work: ChannelWork, codebook: Done, sums: Sequence[Done], *, last: bool) -> "CodebookRoundTask":
+        """The task of one round."""
+        identity = fingerprint("codebook round", sorted(done.fingerprint for done in sums), last)
+        return cls(f"round [{work.name}]", identity, work, codebook, tuple(sums), last)
+
+    def run(self, worker: Worker) -> Done:
+        """Add up, and take the means."""
+        codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))
+        totals: dict[str, Any] = {}
+        for done in self.sums:
+            with worker.timer.phase("read"):
+                found = load_safetensors(read_part(worker.store, done.file("sums")))
+            totals = {name: array + totals.get(name, 0) for name, array in found.items()}
+        state = self.work.channel.index.next_codebook(codebook, totals, last=self.last)
+        return self.finish(worker, [self.put(worker, "codebook", packed(state), "safetensors")], {})
+
+
+def _restored_encoders(worker: Worker, work: ChannelWork, done: Done) -> list[Encoder]:
+    """The encoders of a channel from a record that has their states."""
+    return [
+        spec.restore(load_safetensors(read_part(worker.store, done.file(f"encoder-{number}"))))
+        for number, spec in enumerate(work.channel.encoders)
+    ]
 
 
 def _whole_sample(worker: Worker, work: ChannelWork, samples: Sequence[Done]) -> FeatureBatch:
@@ -211,15 +292,10 @@ class Trained:
     @classmethod
     def restore(cls, worker: Worker, work: ChannelWork, train: Done) -> "Trained":
         """From the files of a finished `train`."""
-
-        def state(role: str) -> dict[str, Any]:
-            file = train.file(role)
-            return load_safetensors(read_part(worker.store, file))
-
-        channel = work.channel
-        encoders = [spec.restore(state(f"encoder-{number}")) for number, spec in enumerate(channel.encoders)]
+        state = load_safetensors(read_part(worker.store, train.file("index")))
+        encoders = _restored_encoders(worker, work, train)
         probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
-        return cls(encoders, channel.index.restore(state("index")), probes)
+        return cls(encoders, work.channel.index.restore(state), probes)
 
 
 @dataclass(frozen=True)

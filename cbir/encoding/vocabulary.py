@@ -1,19 +1,28 @@
 """Vocabularies: large codebooks of visual words, with a fast way to find the nearest ones."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
 from cbir.encoding.assigners import CellAssigner, ExactAssigner, HnswAssigner
-from cbir.encoding.kmeans import Assigner, kmeans_in_groups, lloyd, sampled_rows, two_level_words
+from cbir.encoding.kmeans import (
+    Assigner,
+    Sums,
+    assignment_sums,
+    common_exponent,
+    kmeans_in_groups,
+    sampled_rows,
+    two_level_words,
+    update,
+)
 from cbir.encoding.product import Float64s
 from cbir.encoding.vocabulary_tree import VocabularyTree
 from cbir.errors import ConfigError, DataError
 from cbir.types import Array, Floats, Int32s, State
 
-__all__ = ["AssignerName", "Vocabulary", "WordAssigner"]
+__all__ = ["AssignerName", "Begun", "Vocabulary", "WordAssigner", "in_rounds"]
 
 AssignerName = Literal["auto", "exact", "hnsw", "ivf", "tree"]
 """How the nearest words are found. `exact`: by comparison with all; `hnsw`: by a walk on a graph of the words; `ivf`:
@@ -37,6 +46,44 @@ class WordAssigner(Assigner, Protocol):
     def state(self) -> State:
         """What it would take time to build again from the centroids."""
         ...
+
+
+def in_rounds(words: int, assigner: AssignerName) -> bool:
+    """Whether a vocabulary is trained in rounds over a sample that may lie in several places."""
+    return words >= SMALL and assigner != "tree"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A large vocabulary in training: k-means from two levels, then rounds of Lloyd with approximate assignment
+    (Philbin et al. 2007), or with exact one if the assigner is.
+
+    A round is `after(sums(rows of one place) + sums(rows of another) + ...)`, to the same bytes wherever rows lie.
+    """
+
+    centroids: Floats
+    exponent: int
+    assigner: AssignerName
+
+    @classmethod
+    def of(cls, rows: Array, words: int, seed: int, assigner: AssignerName) -> "Begun":
+        """From rows (n, D), of which at most 256 per word are used."""
+        sample = sampled_rows(rows, words, seed)
+        return cls(two_level_words(sample, words, seed), common_exponent(sample), assigner)
+
+    def sums(self, rows: Array) -> Sums:
+        """What these rows (n, D) add to the next round."""
+        exact = self.assigner == "exact"
+        words = ExactAssigner.of(self.centroids) if exact else CellAssigner.of(self.centroids, TRAINING_PROBES)
+        return assignment_sums(rows, words, self.exponent)
+
+    def after(self, sums: Sums) -> "Begun":
+        """With the means of the rows of all places."""
+        return replace(self, centroids=update(self.centroids, sums))
+
+    def vocabulary(self) -> "Vocabulary":
+        """Training has ended."""
+        return Vocabulary.of(self.centroids, self.assigner)
 
 
 class Vocabulary:
@@ -64,20 +111,21 @@ class Vocabulary:
     ) -> "Vocabulary":
         """k-means on rows (n, D) of any numeric dtype, of which at most 256 per word are used; 39 are recommended.
 
-        Small vocabularies take `iterations` rounds of Lloyd from drawn rows. Others begin from two levels, and then
-        take `iterations` rounds with approximate assignment (Philbin et al. 2007), or with exact one if the assigner
-        is; a tree takes them in every part. The same rows and seed give the same bytes. DataError with fewer rows than
-        words, or with rows that are not finite; ConfigError where a tree's are not 10, 100, 1,000 ... words.
+        Small vocabularies take `iterations` rounds of Lloyd from drawn rows. Others are `Begun` and take `iterations`
+        rounds; a tree takes them in every part. The same rows and seed give the same bytes. DataError with fewer rows
+        than words, or with rows that are not finite; ConfigError where a tree's are not 10, 100, 1,000 ... words.
         """
         if assigner == "tree":
             depth = _depth(words)
             return cls(VocabularyTree.train(rows, BRANCHES, depth, iterations=iterations, seed=seed))
         sample = sampled_rows(rows, words, seed)
-        if words < SMALL:
+        if not in_rounds(words, assigner):
             everywhere = np.zeros(len(sample), np.int32)
             return cls.of(kmeans_in_groups(sample, everywhere, np.array([words]), iterations, seed)[0], assigner)
-        build = ExactAssigner.of if assigner == "exact" else partial(CellAssigner.of, probes=TRAINING_PROBES)
-        return cls.of(lloyd(sample, two_level_words(sample, words, seed), iterations, build), assigner)
+        begun = Begun.of(sample, words, seed, assigner)
+        for _ in range(iterations):
+            begun = begun.after(begun.sums(sample))
+        return begun.vocabulary()
 
     @property
     def centroids(self) -> Floats:

@@ -109,8 +109,22 @@ class IndexSpec(Method):
         """What identifies its codebook, for those that have one: the settings that change it."""
         raise NotImplementedError
 
+    @property
+    def codebook_rounds(self) -> int:
+        """In how many rounds over the sample its codebook is trained after `train_codebook`."""
+        return 0
+
     def train_codebook(self, sample: FeatureBatch, seed: int) -> State:
-        """The codebook of encoded features; DataError if the sample is too small. Same sample and seed, same bytes."""
+        """The codebook of encoded features, or where it begins; DataError if the sample is too small. Same sample and
+        seed, same bytes."""
+        raise NotImplementedError
+
+    def codebook_sums(self, codebook: State, batch: FeatureBatch) -> State:
+        """What encoded features add to the next round: arrays of integers, which are added up over the sample."""
+        raise NotImplementedError
+
+    def next_codebook(self, codebook: State, sums: State, *, last: bool) -> State:
+        """The codebook after a round over the whole sample."""
         raise NotImplementedError
 
     def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> Index:

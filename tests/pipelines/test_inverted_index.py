@@ -89,6 +89,13 @@ def test_settings_of_the_kernel_do_not_train_the_codebook_again(config: Callable
     assert len(list(books.iterdir())) == 2
 
 
+def test_signatures_may_be_wanted_later(config: Callable[..., Config]) -> None:
+    first = config(channels={"local": {**CHANNEL, "keep_signatures": False}}, search={})
+    index(first)
+    later = index(config(channels={"local": CHANNEL}, search={"rerank": [FSM]}))
+    assert Layout.from_json(later.layout).partitions[0].signatures.keys() == {"local"}
+
+
 def test_its_cost_is_estimated(of_words: tuple[dict[str, Any], Manifest]) -> None:
     stages = Path(of_words[0]["store"]) / "stages"
     kinds = ("extract", "build", "merge")

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import cbir
-from cbir.artifacts import Done
+from cbir.artifacts import Done, sha256_of
 from cbir.config import Config
+from cbir.encoding.rootsift import RootSift
 from cbir.errors import DataError
 from cbir.layout import Layout
-from cbir.types import image_id
+from cbir.types import FEATURES_SCHEMA, FeatureBatch, image_id
 from cbir.versions import Manifest
 from pipelines.indexing import index
+from pipelines.training import packed
 from pipelines.work import Worker
 from tests.benchmarks import bench_sharding as bench
 from tests.collection_forms import write_files, write_parquet, write_tar
@@ -185,6 +188,35 @@ def test_merged_is_the_same_as_whole(worker: Worker, clustered: bench.Clustered,
 def digests(merges: Any) -> list[str]:
     dones: list[Done] = list(merges)
     return [done.file("index").sha256 for done in dones]
+
+
+def test_a_large_codebook_is_trained_in_rounds_that_shards_and_workers_do_not_change(
+    settings: Callable[..., dict[str, Any]], pictures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_of_words = {"name": "asmk", "words": 1024, "iterations": 2}
+    channel = {"extractor": SIFT, "encoders": [{"name": "rootsift"}], "index": index_of_words}
+    found = []
+    for number, part in enumerate((10**6, 300, 1)):
+        monkeypatch.setattr("pipelines.indexing._PART_FEATURES", part)
+        arrange = shards(write_tar, "tar", 1 + 6 * number, shuffled=number > 1)
+        images = arrange(tmp_path / f"images{number}", pictures)
+        data = settings(store=str(tmp_path / f"store{number}"), channels={"local": channel}, search={}, **images)
+        manifest = index(Config.model_validate(data))
+        (key,) = [part.index for part in Layout.from_json(manifest.layout).channels.values()]
+        found.append({file.key: file.sha256 for file in manifest.files}[key])
+        rounds = list((tmp_path / f"store{number}" / "stages" / "codebook").iterdir())
+        assert len(rounds) >= 1 + 2 * 2, "the beginning, and sums and means of two rounds"
+    assert len(set(found)) == 1
+    sample = encoded_features(tmp_path / "store0")
+    spec = Config.model_validate(data).channels["local"].index
+    assert sha256_of(packed(spec.train(sample, 0).state())) == found[0], "as one process trains it"
+
+
+def encoded_features(store: Path) -> FeatureBatch:
+    """All encoded features of an index of one shard."""
+    files = [path for path in (store / "stages" / "extract").rglob("part-*") if b"descriptors" in path.read_bytes()]
+    (features,) = [FeatureBatch.from_arrow(pq.read_table(path, columns=FEATURES_SCHEMA.names)) for path in files]
+    return RootSift().fit(features, 0).encode(features)
 
 
 def test_a_key_in_two_shards_is_an_error_that_names_both(

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, PositiveInt, model_validator
 
-from cbir.encoding.vocabulary import AssignerName, Vocabulary
+from cbir.encoding.kmeans import Sums
+from cbir.encoding.vocabulary import AssignerName, Begun, Vocabulary, in_rounds
 from cbir.errors import DataError
 from cbir.index.dense import code_column, codes_of, float_rows, stored_order
 from cbir.index.index import Index, IndexSpec
@@ -86,15 +87,41 @@ class InvertedSpec(IndexSpec):
 
     def train(self, sample: FeatureBatch, seed: int) -> "InvertedIndex":
         """Train the codebook on the features of the sample; DataError if there are fewer than words."""
-        return self.finish(self.train_codebook(sample, seed), sample, seed)
+        codebook = self.train_codebook(sample, seed)
+        for number in range(1, self.codebook_rounds + 1):
+            sums = self.codebook_sums(codebook, sample)
+            codebook = self.next_codebook(codebook, sums, last=number == self.codebook_rounds)
+        return self.finish(codebook, sample, seed)
 
     def codebook_identity(self) -> dict[str, Any]:
         """Its size, and how it is trained and searched."""
         return self.model_dump(mode="json", include={"words", "iterations", "assigner"})
 
+    @property
+    def codebook_rounds(self) -> int:
+        """Those of k-means, if the codebook is large; a small one is trained at once."""
+        return self.iterations if in_rounds(self.words, self.assigner) else 0
+
     def train_codebook(self, sample: FeatureBatch, seed: int) -> State:
-        """The state of the vocabulary."""
-        return Vocabulary.train(float_rows(sample), self.words, self.iterations, seed, self.assigner).state()
+        """The state of the vocabulary, or `centroids` and `exponent` where rounds follow."""
+        rows = float_rows(sample)
+        if not self.codebook_rounds:
+            return Vocabulary.train(rows, self.words, self.iterations, seed, self.assigner).state()
+        return _begun_state(Begun.of(rows, self.words, seed, self.assigner))
+
+    def codebook_sums(self, codebook: State, batch: FeatureBatch) -> State:
+        """Of `kmeans.Sums`, the arrays."""
+        sums = self._begun(codebook).sums(float_rows(batch))
+        return {"sums": sums.sums, "counts": sums.counts, "errors": sums.errors}
+
+    def next_codebook(self, codebook: State, sums: State, *, last: bool) -> State:
+        """With the means of all rows; the vocabulary's state after the last round."""
+        begun = self._begun(codebook)
+        begun = begun.after(Sums(sums["sums"], sums["counts"], sums["errors"], begun.exponent))
+        return begun.vocabulary().state() if last else _begun_state(begun)
+
+    def _begun(self, codebook: State) -> Begun:
+        return Begun(codebook["centroids"], int(codebook["exponent"][0]), self.assigner)
 
     def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> "InvertedIndex":
         """What the method trains beside the vocabulary."""
@@ -132,6 +159,10 @@ class InvertedSpec(IndexSpec):
             return np.ones(len(word_images))
         seen = np.maximum(word_images, 1)
         return np.where(word_images > 0, np.log(max(images, 1) / seen) ** 2, 1.0)
+
+
+def _begun_state(begun: Begun) -> State:
+    return {"centroids": begun.centroids, "exponent": np.array([begun.exponent], np.int64)}
 
 
 class InvertedIndex(Index):
