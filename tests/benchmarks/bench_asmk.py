@@ -20,21 +20,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from asmk import asmk_method, codebook, index, inverted_file, kernel
 
-from cbir.collection import InputSpec, list_shards, read_images
-from cbir.encoding.rootsift import RootSift
 from cbir.encoding.vocabulary import Vocabulary
-from cbir.features.sift import Sift
-from cbir.images import Decoded, Limits, decode
 from cbir.index.dense import code_column
 from cbir.index.inverted.asmk import Asmk
 from cbir.index.inverted.embedding import aggregated, binarised
 from cbir.index.inverted.inverted import InvertedIndex
-from cbir.types import FeatureBatch, ImageBatch, image_id
+from cbir.types import FeatureBatch
 from pipelines.work import limit_threads
+from tests.benchmarks.photographs import root_sift
 
-DATA = Path(os.environ.get("CBIR_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+try:
+    from asmk import asmk_method, codebook, index, inverted_file, kernel
+except ImportError:
+    print("the package asmk is not installed, so nothing can be compared with it: pip install asmk==0.1.1")
+    sys.exit(0)
+
 WORDS, DIM = 65_536, 128
 WORDS_PER_IMAGE = 500
 
@@ -61,21 +62,6 @@ def clustered(num: int, seed: int) -> np.ndarray:
     centres = rng.gamma(0.4, size=(4096, DIM))
     rows = centres[rng.integers(0, 4096, num)] * rng.gamma(4.0, 0.25, size=(num, DIM))
     return np.ascontiguousarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
-
-
-def photographs(names: tuple[str, ...]) -> FeatureBatch | None:
-    """RootSIFT of the photographs of some sets."""
-    if not (DATA / "photos").is_dir():
-        return None
-    extractor, batches = Sift().build("cpu", {}), []
-    for name in names:
-        for shard in list_shards((str(DATA / "photos" / name / "images"),), InputSpec()):
-            for raw in read_images(shard, InputSpec(), 1 << 30):
-                image = decode(raw.data or b"", Sift().view, Limits())
-                if isinstance(image, Decoded):
-                    ids, sizes = np.array([image_id(raw.key)]), np.array([image.size], np.int32)
-                    batches.append(extractor.extract(ImageBatch(ids, [image.pixels], sizes)))
-    return RootSift().restore({}).encode(FeatureBatch.concatenate(batches))
 
 
 def peer(centroids: np.ndarray, *, binary: bool, idf: bool) -> Any:
@@ -140,27 +126,19 @@ def compare_scores(batch: FeatureBatch) -> None:
             print(f"| {name} | {len(asked) * len(batch):,} | {worst:.1e} |", flush=True)
 
 
-def compare_steps(rounds: int) -> None:
-    """Quantisation and aggregation of the 1,000 features of one image."""
-    sample = clustered(200_000, 0)
-    centroids = np.unique(sample[:80_000], axis=0)[:WORDS]
-    vocabulary = Vocabulary.of(centroids, "hnsw")
-    theirs = peer(centroids, binary=True, idf=False)
+def compare_aggregation(rounds: int) -> None:
+    """Aggregation of the 1,000 features of one image; how they are quantised is measured by `bench_codebook.py`."""
+    centroids = np.unique(clustered(80_000, 0), axis=0)[:WORDS]
     rows = clustered(1000, 1)
     batch = FeatureBatch.of_images(np.array([1]), [rows])
-    exact = theirs.codebook.quantize(rows, multiple_assignment=1)[1]
-    agreement = float((vocabulary.nearest(rows, 1)[:, 0] == exact[:, 0]).mean())
-    times = interleaved(
-        rounds, lambda: theirs.codebook.quantize(rows, multiple_assignment=1), lambda: vocabulary.nearest(rows, 1)
-    )
-    row("quantise 1,000 features, ms", *times, "3.5", f"agreement {agreement:.3f}")
-    step = kernel.ASMKKernel(theirs.codebook, binary=True)
-    words = exact.astype(np.int32)
+    theirs = peer(centroids, binary=True, idf=False)
+    nearest = theirs.codebook.quantize(rows, multiple_assignment=1)[1]
+    step, words = kernel.ASMKKernel(theirs.codebook, binary=True), nearest.astype(np.int32)
 
     def ours() -> None:
         binarised(aggregated(batch, words, centroids).vectors)
 
-    row("aggregate 1,000 features, ms", *interleaved(rounds, lambda: step.aggregate_image(rows, exact), ours), "5")
+    row("aggregate 1,000 features, ms", *interleaved(rounds, lambda: step.aggregate_image(rows, nearest), ours), "5")
 
 
 def compare_search(num_images: int, rounds: int) -> None:
@@ -205,9 +183,9 @@ def main() -> None:
     num_images = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 15
     print("\n| step | asmk 0.1.1 | cbir | ratio | goal | |\n|---|---|---|---|---|---|")
-    compare_steps(rounds)
+    compare_aggregation(rounds)
     compare_search(num_images, rounds)
-    batch = photographs(("koe_places", "sfm_scenes"))
+    batch = root_sift(("koe_places", "sfm_scenes"))
     if batch is None:
         print("\nno photographs: scores were not compared (CBIR_TEST_DATA)")
     else:

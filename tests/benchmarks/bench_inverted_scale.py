@@ -34,7 +34,7 @@ from cbir.types import FeatureBatch, Hits, image_id
 from pipelines.stages import MergeTask, TotalsTask
 from pipelines.tables import sorted_table, write_parquet
 from pipelines.work import ChannelWork, Worker, limit_threads
-from tests.benchmarks.bench_asmk import photographs
+from tests.benchmarks.photographs import root_sift
 
 WORDS, BITS, FEATURES = 65_536, 128, 500
 SHARD_IMAGES, PARTITION_IMAGES = 10_000, 62_500
@@ -54,7 +54,7 @@ class Postings:
 
 def real_postings(spec: Asmk) -> tuple[Postings, InvertedIndex]:
     """Those of photographs, with a codebook trained on them."""
-    batch = photographs(SETS)
+    batch = root_sift(SETS)
     if batch is None:
         sys.exit("no photographs: set CBIR_TEST_DATA")
     rows = batch.descriptors[np.random.default_rng(0).permutation(len(batch.descriptors))]
