@@ -35,6 +35,8 @@ class EncoderSpec(Method):
     role: ClassVar[str] = "encoder"
     aggregates: ClassVar[bool] = False
     """Whether it turns the local features of an image into one descriptor."""
+    drops_rows: ClassVar[bool] = False
+    """Whether it may return fewer rows than `output_rows` says."""
     needs_regions: ClassVar[bool] = False
     """Whether it looks at the regions of an image, for which a channel must have a proposer."""
 

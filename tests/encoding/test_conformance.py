@@ -90,7 +90,12 @@ def test_the_output_is_finite_float32_of_the_same_images(spec, encoder, batch):
     assert np.isfinite(encoded.descriptors).all()
     np.testing.assert_array_equal(encoded.image_ids, batch.image_ids)
     assert spec.output_dim(batch.descriptors.shape[1]) == encoded.descriptors.shape[1]
-    assert encoded.counts.tolist() == [spec.output_rows(int(rows)) for rows in batch.counts]
+    most = [spec.output_rows(int(rows)) for rows in batch.counts]
+    if spec.drops_rows:
+        assert (encoded.counts <= most).all()
+        assert encoded.geometry.shape[1] == batch.geometry.shape[1]
+        return
+    assert encoded.counts.tolist() == most
     if spec.aggregates or spec.precursor is not None:
         assert encoded.geometry.shape[1] == 0
     else:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cbir.encoding.kmeans import Sums
 from cbir.encoding.vocabulary import AssignerName, Begun, Vocabulary, in_rounds
@@ -53,6 +53,9 @@ class InvertedSpec(IndexSpec):
     assignments: PositiveInt = Field(default=1, description="nearest words of a feature of an indexed image")
     query_assignments: PositiveInt = Field(default=1, description="nearest words of a feature of a query")
     features: PositiveInt | None = Field(default=None, description="use the strongest so many features of an image")
+    max_distance: PositiveFloat | None = Field(
+        default=None, description="drop features further than this from their nearest word (Cai et al.)"
+    )
     idf: bool = Field(default=False, description="weight a word by ln(N / n)^2, for n of N images that have it")
     word_ranges: PositiveInt = Field(
         default=1, description="files of a partition, each a range of words; they are merged in parallel"
@@ -169,14 +172,14 @@ class InvertedIndex(Index):
     """A trained codebook with the match kernel of a method, without content."""
 
     def __init__(self, spec: InvertedSpec, vocabulary: Vocabulary, own: State) -> None:
-        self.spec, self.vocabulary, self._own = spec, vocabulary, own
+        self.spec, self.vocabulary, self.own = spec, vocabulary, own
         self._dim = spec.code_dim(vocabulary.centroids.shape[1])
         self.kernel = spec.kernel(self._dim)
         self._phi, self._query_phi = spec.phi(vocabulary, own), spec.query_phi(vocabulary, own)
 
     def state(self) -> State:
         """The vocabulary's arrays, and those of the method with the prefix `own.`."""
-        return {**self.vocabulary.state(), **{f"own.{name}": array for name, array in self._own.items()}}
+        return {**self.vocabulary.state(), **{f"own.{name}": array for name, array in self.own.items()}}
 
     def entries(self, batch: FeatureBatch) -> pa.Table:
         """One row per posting: image_id int64, word int32, code fixed_size_binary; by image, then word."""
@@ -192,12 +195,17 @@ class InvertedIndex(Index):
         return pa.table(columns, schema=pa.schema(fields, metadata={"code": np.dtype(self.kernel.dtype).name}))
 
     def _assigned(self, batch: FeatureBatch, num: int) -> tuple[FeatureBatch, Int32s]:
-        """The strongest features with their nearest words (K, num)."""
+        """The strongest features, as far as they are near to a word, with their nearest words (K, num)."""
         if self.spec.features is not None:
             ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
             batch = batch.take_rows(ranks < self.spec.features)
         rows = float_rows(batch, self.vocabulary.centroids.shape[1])
-        return batch.with_descriptors(rows), self.vocabulary.nearest(rows, num)
+        words, distances = self.vocabulary.nearest_with_distances(rows, num)
+        batch = batch.with_descriptors(rows)
+        if self.spec.max_distance is None:
+            return batch, words
+        near = distances[:, 0] <= self.spec.max_distance
+        return batch.take_rows(near), words[near]
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The postings of the queries: codes as descriptors, and their words."""

@@ -169,6 +169,16 @@ def test_only_the_strongest_features_are_used(spec, batch, queries):
     assert len(index.queries(queries).descriptors) <= 4 * len(queries) * spec.query_assignments
 
 
+def test_features_far_from_every_word_are_dropped(spec, index, batch):
+    rows = batch.descriptors
+    distances = np.linalg.norm(rows[:, None] - index.vocabulary.centroids[None], axis=2).min(1)
+    tau = float(np.sort(distances)[len(distances) // 2 :][:2].mean())  # between two of them
+    strict = InvertedIndex(spec.model_copy(update={"max_distance": tau}), index.vocabulary, index.own)
+    assert strict.entries(batch).equals(index.entries(batch.take_rows(distances <= tau)))
+    lax = InvertedIndex(spec.model_copy(update={"max_distance": 1e9}), index.vocabulary, index.own)
+    assert lax.entries(batch).equals(index.entries(batch))
+
+
 def test_no_features_no_queries_and_one_image(index, spec, batch, queries, tmp_path):
     nothing = batch.take(np.array([], np.int64))
     assert index.entries(nothing).schema == index.entries(batch).schema
