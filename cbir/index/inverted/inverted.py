@@ -176,6 +176,7 @@ class InvertedIndex(Index):
         self._dim = spec.code_dim(vocabulary.centroids.shape[1])
         self.kernel = spec.kernel(self._dim)
         self._phi, self._query_phi = spec.phi(vocabulary, own), spec.query_phi(vocabulary, own)
+        self._last: tuple[Floats, int, tuple[Int32s, Float64s]] | None = None
 
     def state(self) -> State:
         """The vocabulary's arrays, and those of the method with the prefix `own.`."""
@@ -200,12 +201,19 @@ class InvertedIndex(Index):
             ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
             batch = batch.take_rows(ranks < self.spec.features)
         rows = float_rows(batch, self.vocabulary.centroids.shape[1])
-        words, distances = self.vocabulary.nearest_with_distances(rows, num)
+        words, distances = self._nearest(rows, num)
         batch = batch.with_descriptors(rows)
         if self.spec.max_distance is None:
             return batch, words
         near = distances[:, 0] <= self.spec.max_distance
         return batch.take_rows(near), words[near]
+
+    def _nearest(self, rows: Floats, num: int) -> tuple[Int32s, Float64s]:
+        """Words and distances; those of the last rows are remembered, because postings and signatures of a batch ask
+        for the same ones one after the other."""
+        if self._last is None or self._last[0] is not rows or self._last[1] != num:
+            self._last = rows, num, self.vocabulary.nearest_with_distances(rows, num)
+        return self._last[2]
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The postings of the queries: codes as descriptors, and their words."""
