@@ -19,6 +19,7 @@ from cbir.index.inverted.scoring import (
     binary_masses,
     float_masses,
     score_binary,
+    score_binary_bursts,
     score_bm25,
     score_counts,
     score_float,
@@ -128,7 +129,8 @@ class BinaryKernel:
 
     def score(self, rows: QueryRows, part: Slice, images: Images) -> None:
         """By table."""
-        score_binary(
+        score = score_binary_bursts if self.burst else score_binary
+        score(
             images.scores,
             images.numbers,
             rows.slots,
@@ -139,7 +141,6 @@ class BinaryKernel:
             part.gaps,
             part.codes.view(np.uint64),
             self.table,
-            self.burst,
         )
 
     def final(self, scores: Float64s, own: float, others: Float64s) -> Float64s:

@@ -17,7 +17,16 @@ from numba.extending import intrinsic
 
 from cbir.types import Floats, Int32s, Int64s, Pixels
 
-__all__ = ["binary_masses", "encode_gaps", "float_masses", "score_binary", "score_bm25", "score_counts", "score_float"]
+__all__ = [
+    "binary_masses",
+    "encode_gaps",
+    "float_masses",
+    "score_binary",
+    "score_binary_bursts",
+    "score_bm25",
+    "score_counts",
+    "score_float",
+]
 
 Float64s = npt.NDArray[np.float64]
 
@@ -85,14 +94,42 @@ def score_binary(
     coded: Pixels,
     stored: npt.NDArray[np.uint64],
     table: Float64s,
-    burst: bool,
 ) -> None:
-    """Add weights[q] * table[h] for every posting of the word of query row q at Hamming distance h.
-
-    With `burst`, the matches of a row with several postings of one image count s * sqrt(s / sum of s) each (Jégou et
-    al. 2009, intra-image burstiness).
-    """
+    """Add weights[q] * table[h] for every posting of the word of query row q at Hamming distance h."""
     width = codes.shape[1]
+    for row in range(len(slots)):
+        slot = slots[row]
+        if slot < 0:
+            continue
+        at, image, weight = begins[slot], np.int64(0), weights[row]
+        first, second = codes[row, 0], codes[row, width - 1]
+        for position in range(starts[slot], starts[slot + 1]):
+            gap, at = _gap(coded, at)
+            image += gap
+            distance = _ones(first ^ stored[position, 0])
+            if width == 2:  # the usual 128 bits, without a loop
+                distance += _ones(second ^ stored[position, 1])
+            else:
+                for part in range(1, width):
+                    distance += _ones(codes[row, part] ^ stored[position, part])
+            scores[numbers[image]] += weight * table[distance]
+
+
+@numba.njit(cache=True, nogil=True)
+def score_binary_bursts(
+    scores: Float64s,
+    numbers: Int32s,
+    slots: Int64s,
+    weights: Float64s,
+    codes: npt.NDArray[np.uint64],
+    starts: Int64s,
+    begins: Int64s,
+    coded: Pixels,
+    stored: npt.NDArray[np.uint64],
+    table: Float64s,
+) -> None:
+    """The same, but the matches of a query row with several postings of one image count s * sqrt(s / sum of s) each
+    (Jégou et al. 2009, intra-image burstiness)."""
     for row in range(len(slots)):
         slot = slots[row]
         if slot < 0:
@@ -103,21 +140,16 @@ def score_binary(
             gap, at = _gap(coded, at)
             image += gap
             distance = np.uint64(0)
-            for part in range(width):
+            for part in range(codes.shape[1]):
                 distance += _ones(codes[row, part] ^ stored[position, part])
             similarity = table[distance]
-            if similarity == 0.0:
-                continue
-            if not burst:
-                scores[numbers[image]] += weight * similarity
-                continue
             if image != last:
                 if total > 0.0:
                     scores[numbers[last]] += weight * mass / math.sqrt(total)
                 last, mass, total = image, 0.0, 0.0
-            mass += similarity * math.sqrt(similarity)
+            mass += similarity * math.sqrt(max(similarity, 0.0))
             total += similarity
-        if burst and total > 0.0:
+        if total > 0.0:
             scores[numbers[last]] += weight * mass / math.sqrt(total)
 
 
