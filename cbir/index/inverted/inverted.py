@@ -139,8 +139,8 @@ class InvertedSpec(IndexSpec):
 
     @property
     def query_words(self) -> int:
-        """The assignments of a query's feature."""
-        return self.query_assignments
+        """The assignments of a query's feature, at least three: with one, verification loses true matches."""
+        return min(self.words, max(self.query_assignments, 3))
 
     @property
     def pieces(self) -> int:
