@@ -5,7 +5,7 @@ holds its images' postings of all words, in one file or in several of a range of
 scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,24 +16,21 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cbir.encoding.kmeans import Sums
 from cbir.encoding.vocabulary import AssignerName, Begun, Vocabulary, in_rounds
-from cbir.errors import DataError
 from cbir.index.dense import code_column, codes_of, float_rows, stored_order
 from cbir.index.index import Index, IndexSpec
 from cbir.index.inverted.embedding import Embedded, binarised
-from cbir.index.inverted.kernels import Images, MatchKernel, QueryRows
-from cbir.index.inverted.postings import Slice, read_slice, write_slice
+from cbir.index.inverted.kernels import MatchKernel
+from cbir.index.inverted.partition import InvertedPartition, group_starts, rounded
+from cbir.index.inverted.postings import Slice, read_slice
 from cbir.index.inverted.scoring import encode_gaps
-from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s, State
+from cbir.types import Array, FeatureBatch, Floats, Int32s, Int64s, State
 
-__all__ = ["InvertedIndex", "InvertedPartition", "InvertedSpec", "Phi"]
+__all__ = ["InvertedIndex", "InvertedSpec", "Phi"]
 
 Float64s = npt.NDArray[np.float64]
 
 Phi = Callable[[FeatureBatch, Int32s], Embedded]
 """(features, their words (K, m)) -> postings."""
-
-_GRAIN = 2.0**-32
-"""Masses are rounded to multiples of this, so that their sums are exact in any order."""
 
 
 class InvertedSpec(IndexSpec):
@@ -149,7 +146,7 @@ class InvertedSpec(IndexSpec):
 
     def load(self, *paths: Path) -> "InvertedPartition":
         """Open a partition from the files of its ranges of words, memory-mapped."""
-        return InvertedPartition(self, [read_slice(path) for path in paths])
+        return InvertedPartition(self.kernel, [read_slice(path) for path in paths])
 
     def entry_bytes(self, dim: int) -> int:
         """The code, and about two bytes to say which image it belongs to."""
@@ -244,11 +241,13 @@ class InvertedIndex(Index):
     def statistics(self, entries: pa.Table) -> State:
         """`images` (1,), `word_images` (W,): images that have each word; `features` (1,): assignments in all."""
         ids, words = entries.column("image_id").to_numpy(), entries.column("word").to_numpy()
-        pairs = np.unique(np.stack([words.astype(np.int64), ids]), axis=1) if len(ids) else np.empty((2, 0), np.int64)
+        image_ids, numbers = np.unique(ids, return_inverse=True)
+        pairs = np.unique(words.astype(np.int64) * max(1, len(image_ids)) + numbers)
+        having = np.bincount(pairs // max(1, len(image_ids)), minlength=self.spec.words)
         counts = codes_of(entries, self.kernel.dtype, self.kernel.width) if self._counts else np.ones((len(ids), 1))
         return {
-            "images": np.array([len(np.unique(ids))], np.int64),
-            "word_images": np.bincount(pairs[0], minlength=self.spec.words).astype(np.int64),
+            "images": np.array([len(image_ids)], np.int64),
+            "word_images": having.astype(np.int64),
             "features": np.array([int(counts.sum(dtype=np.int64))], np.int64),
         }
 
@@ -264,7 +263,7 @@ class InvertedIndex(Index):
 
     def build(self, entries: pa.Table, totals: State | None = None) -> "InvertedPartition":
         """A partition of one slice."""
-        return InvertedPartition(self.spec, [self._slice(entries, totals or self.statistics(entries))])
+        return InvertedPartition(self.spec.kernel, [self._slice(entries, totals or self.statistics(entries))])
 
     def _slice(self, entries: pa.Table, totals: State) -> Slice:
         ids, words = entries.column("image_id").to_numpy(), entries.column("word").to_numpy()
@@ -290,79 +289,4 @@ class InvertedIndex(Index):
         firsts = starts[:-1]
         if self.kernel.weighted:
             each = each * weights[words[firsts]]
-        each = np.round(each / _GRAIN) * _GRAIN
-        return np.bincount(numbers[firsts], each, num_images).astype(np.float64, copy=False)
-
-
-def group_starts(numbers: Int64s, words: Int32s) -> Int64s:
-    """Where the runs of one image and word start, with the end after the last: (g + 1,)."""
-    new = np.ones(len(words), bool)
-    new[1:] = (np.diff(numbers) != 0) | (np.diff(words) != 0)
-    return np.append(np.flatnonzero(new), len(words)).astype(np.int64)
-
-
-class InvertedPartition:
-    """The postings of one partition."""
-
-    def __init__(self, spec: InvertedSpec, slices: Sequence[Slice]) -> None:
-        self._slices = list(slices)
-        self._kernel = spec.kernel(slices[0].dim)
-        self.image_ids: Int64s = np.unique(np.concatenate([part.image_ids for part in slices]))
-        self._numbers = [np.searchsorted(self.image_ids, part.image_ids).astype(np.int32) for part in slices]
-        self._masses = np.zeros(len(self.image_ids))
-        for numbers, part in zip(self._numbers, slices, strict=True):
-            self._masses[numbers] += part.masses
-        self._deleted = np.zeros(len(self.image_ids), bool)
-
-    def delete(self, image_ids: Int64s) -> None:
-        """From now on these images are not found; their postings stay until the next merge."""
-        self._deleted |= np.isin(self.image_ids, image_ids)
-
-    def search(self, queries: FeatureBatch, depth: int) -> Hits:
-        """The best `depth` images per query that share a word with it; what `Index.queries` returned is asked.
-
-        ValueError for a depth below one or queries without words, DataError for codes of another length.
-        """
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, found {depth}")
-        if queries.words is None:
-            raise ValueError("queries have no words: an inverted file is asked what its index's `queries` returns")
-        if queries.descriptors.shape[1] != self._kernel.width:
-            raise DataError(
-                f"these queries have codes of {queries.descriptors.shape[1]} numbers, this index of "
-                f"{self._kernel.width}; encode them with the index of the same version"
-            )
-        hits = [self._search(queries.words[rows], queries.descriptors[rows], depth) for rows in _rows(queries)]
-        ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
-        scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
-        return Hits(np.concatenate(ids), np.concatenate(scores))
-
-    def _search(self, words: Int32s, codes: Array, depth: int) -> Hits:
-        weights = self._slices[0].weights[words]
-        scores = np.zeros(len(self.image_ids))
-        for numbers, part in zip(self._numbers, self._slices, strict=True):
-            rows = QueryRows(part.slots(words), weights, codes)
-            self._kernel.score(rows, part, Images(scores, self._masses, numbers))
-        scores[self._deleted] = 0.0
-        starts = group_starts(np.zeros(len(words), np.int64), words)
-        own = self._kernel.masses(starts, codes)
-        own = own * weights[starts[:-1]] if self._kernel.weighted else own
-        return self._best(self._kernel.final(scores, float(np.round(own / _GRAIN).sum() * _GRAIN), self._masses), depth)
-
-    def _best(self, scores: Float64s, depth: int) -> Hits:
-        """The images with a score, best first."""
-        found = np.flatnonzero(scores)
-        values: Floats = scores[found].astype(np.float32)
-        if len(found) > depth:
-            least = np.partition(values, len(values) - depth)[len(values) - depth]
-            found, values = found[values >= least], values[values >= least]
-        return Hits.ranked(self.image_ids[found][None], values[None], depth)
-
-    def save(self, path: Path) -> None:
-        """Write a partition of one slice."""
-        (part,) = self._slices
-        write_slice(path, part)
-
-
-def _rows(batch: FeatureBatch) -> Sequence[Any]:
-    return [batch.rows(i) for i in range(len(batch))]
+        return np.bincount(numbers[firsts], rounded(each), num_images).astype(np.float64, copy=False)

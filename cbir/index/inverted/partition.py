@@ -1,0 +1,96 @@
+"""A partition of an inverted file: searched from the mapped files of its ranges of words."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cbir.errors import DataError
+from cbir.index.inverted.kernels import Images, MatchKernel, QueryRows
+from cbir.index.inverted.postings import Slice, write_slice
+from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s
+
+__all__ = ["InvertedPartition", "group_starts", "rounded"]
+
+Float64s = npt.NDArray[np.float64]
+
+_GRAIN = 2.0**-32
+
+
+def rounded(masses: Float64s) -> Float64s:
+    """Multiples of 2^-32, whose sums are exact in any order."""
+    result: Float64s = np.round(masses / _GRAIN) * _GRAIN
+    return result
+
+
+def group_starts(numbers: Int64s, words: Int32s) -> Int64s:
+    """Where the runs of one image and word start, with the end after the last: (g + 1,)."""
+    new = np.ones(len(words), bool)
+    new[1:] = (np.diff(numbers) != 0) | (np.diff(words) != 0)
+    return np.append(np.flatnonzero(new), len(words)).astype(np.int64)
+
+
+class InvertedPartition:
+    """The postings of one partition."""
+
+    def __init__(self, kernel: Callable[[int], MatchKernel], slices: Sequence[Slice]) -> None:
+        self._slices = list(slices)
+        self._kernel = kernel(slices[0].dim)
+        self.image_ids: Int64s = np.unique(np.concatenate([part.image_ids for part in slices]))
+        self._numbers = [np.searchsorted(self.image_ids, part.image_ids).astype(np.int32) for part in slices]
+        self._masses = np.zeros(len(self.image_ids))
+        for numbers, part in zip(self._numbers, slices, strict=True):
+            self._masses[numbers] += part.masses
+        self._deleted = np.zeros(len(self.image_ids), bool)
+
+    def delete(self, image_ids: Int64s) -> None:
+        """From now on these images are not found; their postings stay until the next merge."""
+        self._deleted |= np.isin(self.image_ids, image_ids)
+
+    def search(self, queries: FeatureBatch, depth: int) -> Hits:
+        """The best `depth` images per query that share a word with it; what `Index.queries` returned is asked.
+
+        ValueError for a depth below one or queries without words, DataError for codes of another length.
+        """
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, found {depth}")
+        if queries.words is None:
+            raise ValueError("queries have no words: an inverted file is asked what its index's `queries` returns")
+        if queries.descriptors.shape[1] != self._kernel.width:
+            raise DataError(
+                f"these queries have codes of {queries.descriptors.shape[1]} numbers, this index of "
+                f"{self._kernel.width}; encode them with the index of the same version"
+            )
+        words, codes = queries.words, queries.descriptors
+        owned = [queries.rows(i) for i in range(len(queries))]
+        hits = [self._search(words[rows], codes[rows], depth) for rows in owned]
+        ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
+        scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
+        return Hits(np.concatenate(ids), np.concatenate(scores))
+
+    def _search(self, words: Int32s, codes: Array, depth: int) -> Hits:
+        weights = self._slices[0].weights[words]
+        scores = np.zeros(len(self.image_ids))
+        for numbers, part in zip(self._numbers, self._slices, strict=True):
+            rows = QueryRows(part.slots(words), weights, codes)
+            self._kernel.score(rows, part, Images(scores, self._masses, numbers))
+        scores[self._deleted] = 0.0
+        starts = group_starts(np.zeros(len(words), np.int64), words)
+        own = self._kernel.masses(starts, codes)
+        own = own * weights[starts[:-1]] if self._kernel.weighted else own
+        return self._best(self._kernel.final(scores, float(rounded(own).sum()), self._masses), depth)
+
+    def _best(self, scores: Float64s, depth: int) -> Hits:
+        """The images with a score, best first."""
+        found = np.flatnonzero(scores)
+        values: Floats = scores[found].astype(np.float32)
+        if len(found) > depth:
+            least = np.partition(values, len(values) - depth)[len(values) - depth]
+            found, values = found[values >= least], values[values >= least]
+        return Hits.ranked(self.image_ids[found][None], values[None], depth)
+
+    def save(self, path: Path) -> None:
+        """Write a partition of one slice."""
+        (part,) = self._slices
+        write_slice(path, part)
