@@ -35,8 +35,11 @@ demo/ground_truth.csv: $(INSTALLED) pipelines/demo.py
 	@rm -rf demo/images demo/queries $@
 	$(BIN)/python -m pipelines.demo demo
 
+# Tests that start servers and clusters run one after the other; the others in two processes. Two processes have no
+# terminal to take a width from.
 test: $(INSTALLED) ## run all tests
-	$(BIN)/pytest
+	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/service
+	$(BIN)/pytest tests/service
 
 lint: $(INSTALLED) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
