@@ -280,7 +280,7 @@ class TestDisk:
     @pytest.mark.parametrize("key", ["CURRENT", "DONE.json"])
     @pytest.mark.parametrize("content", [b'{"version": 1, ', b"\xff\xfe"])
     def test_a_damaged_record_is_named(self, key: str, content: bytes, on_disk: dict[str, Any]) -> None:
-        (path,) = list(Path(on_disk["store"]).glob(f"**/merge/*/{key}")) or [Path(on_disk["store"]) / key]
+        path, *_ = sorted(Path(on_disk["store"]).glob(f"**/merge/*/{key}")) or [Path(on_disk["store"]) / key]
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=rf"{path} is damaged .*delete it and run `cbir index` again"):
             run(on_disk)

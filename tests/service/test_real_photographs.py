@@ -28,6 +28,12 @@ from pipelines.cli import app
 from pipelines.cluster import connect, ray
 from pipelines.indexing import index
 
+VLAD_CHANNEL = {
+    "extractor": {"name": "sift", "max_features": 1000},
+    "encoders": [{"name": "rootsift"}, {"name": "vlad", "words": 64}],
+    "index": {"name": "flat"},
+    "keep_features": True,
+}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PROCESSES = 2
 
@@ -97,7 +103,8 @@ def one_cluster() -> Iterator[None]:
 def versions(photographs: Photographs, one_cluster: None) -> dict[str, int]:
     """Both channels of every set: one exact index of the network's raw descriptors, one of VLAD."""
     flat = ["channels.global.encoders=[]", "channels.global.keep_features=true", "search.rerank=[]"]
-    overrides = [*photographs.network(), *flat]
+    vlad = [f"channels.local={json.dumps(VLAD_CHANNEL)}", "search.fuse={name: late}"]
+    overrides = [*photographs.network(), *flat, *vlad]
     return {name: index(photographs.config("fused.yaml", name, *overrides)).version for name in DEEP}
 
 
