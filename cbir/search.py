@@ -6,232 +6,27 @@ for result in searcher.search("picture.jpg", depth=10):
 """
 
 import functools
-import io
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
-from safetensors.numpy import load as load_safetensors
 
-from cbir.artifacts import StoredFile
 from cbir.collection import Place, read_place
-from cbir.config import Channel, Config, parse_config
-from cbir.encoding.encoder import AsymmetricEncoder, Encoder
-from cbir.errors import ArtifactError, DataError
-from cbir.images import BadImage, Decoded, Limits, View, decode
-from cbir.index.index import Index, SearchIndex
-from cbir.layout import ChannelLayout, FeatureFile, IdMap, Layout, PartitionLayout
+from cbir.config import Config, parse_config
+from cbir.errors import DataError
+from cbir.layout import Layout
+from cbir.partition import LocalFiles, Partition, PartitionLike
+from cbir.queries import Box, QueryEncoder
 from cbir.storage import Store, open_store
-from cbir.types import FeatureBatch, Hits, ImageBatch, Int64s
+from cbir.types import FeatureBatch, Hits, Int64s
 from cbir.versions import Manifest, Versions
 
-__all__ = ["Answer", "Box", "LocalFiles", "Partition", "QueryEncoder", "Result", "Searcher", "open_version"]
+__all__ = ["Answer", "Result", "Searcher", "open_version", "searcher_of"]
 
 T = TypeVar("T")
-
-Box = tuple[float, float, float, float]
-"""x, y, width, height in pixels of the upright original."""
-
-
-class LocalFiles:
-    """Files of a store as local files: in place for a local store, else fetched once into a cache by content."""
-
-    def __init__(self, store: Store, manifest: Manifest, cache: Path | None = None) -> None:
-        self.store = store
-        self._files = {file.key: file for file in manifest.files}
-        self._cache = cache or Path(os.environ.get("CBIR_CACHE", Path.home() / ".cache" / "cbir"))
-
-    def path(self, key: str) -> Path:
-        """The local file with the content of this key; its sha256 is checked when it is fetched, else its size."""
-        file, local = self._files[key], self.store.local_path(key)
-        if local is not None:
-            _check_size(local, file)
-            return local
-        target = self._cache / f"{file.sha256}.{key.rsplit('.', 1)[-1]}"
-        if not target.exists():
-            self.store.fetch(key, target, file.sha256)
-        return target
-
-    def state(self, key: str) -> Mapping[str, np.ndarray[Any, Any]]:
-        """The arrays of a safetensors file."""
-        return load_safetensors(self.store.read(key, sha256=self._files[key].sha256))
-
-
-def _check_size(path: Path, file: StoredFile) -> None:
-    """ArtifactError for a file that was cut or grew: mapped as it is, it could end this process by a signal."""
-    if (found := path.stat().st_size) != file.num_bytes:
-        raise ArtifactError(f"{path} has {found} bytes, its record says {file.num_bytes}; run `cbir verify`")
-
-
-class PartitionLike(Protocol):
-    """What a searcher needs of a partition; the query pool has one whose partition lives in an actor."""
-
-    @property
-    def low(self) -> int:
-        """The least image id that it can hold."""
-        ...
-
-    def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
-        """Hits by channel for encoded queries by channel."""
-        ...
-
-    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored features of these images of this partition."""
-        ...
-
-    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored signatures of these images of this partition."""
-        ...
-
-    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
-        """The rows of the id map of these images."""
-        ...
-
-    def keys(self) -> dict[int, str]:
-        """Key by id of every image of this partition."""
-        ...
-
-
-class Partition:
-    """One partition of one version, opened from its files."""
-
-    def __init__(self, config: Config, layout: PartitionLayout, files: LocalFiles) -> None:
-        self.low, self.high = layout.low, layout.high
-        self.ids = IdMap(files.path(layout.ids))
-        self.indexes: dict[str, SearchIndex] = {
-            name: config.channels[name].index.load(*map(files.path, keys)) for name, keys in layout.indexes.items()
-        }
-        self._features = {name: FeatureFile(files.path(key)) for name, key in layout.features.items()}
-        self._signatures = {name: FeatureFile(files.path(key)) for name, key in layout.signatures.items()}
-
-    def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
-        """Hits by channel for encoded queries by channel."""
-        return {name: self.indexes[name].search(batch, depth) for name, batch in queries.items()}
-
-    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored features of these images, in this order."""
-        return self._features[channel].read(image_ids)
-
-    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored signatures of these images, in this order."""
-        return self._signatures[channel].read(image_ids)
-
-    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
-        """The rows of the id map of these images, in this order."""
-        rows: list[dict[str, Any]] = self.ids.rows(image_ids).to_pylist()
-        return rows
-
-    def keys(self) -> dict[int, str]:
-        """Key by id of every image of this partition."""
-        return dict(zip(self.ids.image_ids.tolist(), self.ids.table.column("key").to_pylist(), strict=True))
-
-
-class QueryEncoder:
-    """Extracts and encodes query pictures with exactly the trained state of a version."""
-
-    def __init__(self, config: Config, layout: Layout, files: LocalFiles, device: str = "cpu") -> None:
-        self._channels = config.channels
-        self._limits = config.limits
-        self._describers = {
-            name: channel.describer(device, _query_assets(layout.channels[name], files), regions=False)
-            for name, channel in config.channels.items()
-        }
-        self._encoders: dict[str, list[Encoder]] = {
-            name: restore_encoders(channel, layout.channels[name].encoders, files)
-            for name, channel in config.channels.items()
-        }
-        self._indexes: dict[str, Index] = {
-            name: channel.index.restore(files.state(layout.channels[name].index))
-            for name, channel in config.channels.items()
-            if channel.index.encodes_queries
-        }
-
-    def extract(self, pictures: Sequence[bytes], boxes: Sequence[Box | None]) -> dict[str, FeatureBatch]:
-        """Raw features of the pictures by channel; DataError for a picture that cannot be decoded."""
-        return {
-            name: self._describers[name].describe(self._decoded(pictures, boxes, channel.extractor.view))
-            for name, channel in self._channels.items()
-        }
-
-    def encode(self, features: Mapping[str, FeatureBatch]) -> dict[str, FeatureBatch]:
-        """The form in which partitions are asked, by channel."""
-        return {name: self._query(name, batch) for name, batch in features.items()}
-
-    def _query(self, channel: str, batch: FeatureBatch) -> FeatureBatch:
-        batch = encode_queries(self._encoders[channel], batch)
-        index = self._indexes.get(channel)
-        return batch if index is None else index.queries(batch)
-
-    def signatures(self, channel: str, features: FeatureBatch) -> FeatureBatch:
-        """Words and codes of raw features, each with as many words as the index assigns to queries."""
-        encoded = encode_all(self._encoders[channel], features)
-        return self._indexes[channel].signatures(encoded, self._channels[channel].index.query_words)
-
-    def _decoded(self, pictures: Sequence[bytes], boxes: Sequence[Box | None], view: View) -> ImageBatch:
-        images = [
-            _decode_query(picture, box, view, self._limits, number)
-            for number, (picture, box) in enumerate(zip(pictures, boxes, strict=True))
-        ]
-        return ImageBatch(
-            np.arange(len(images), dtype=np.int64),
-            [image.pixels for image in images],
-            np.array([image.size for image in images], np.int32).reshape(-1, 2),
-        )
-
-
-def _query_assets(channel: ChannelLayout, files: LocalFiles) -> dict[str, Path]:
-    """Local files of what sees queries; boxes are proposed in indexed images only."""
-    return {name: files.path(key) for name, key in channel.assets.items() if not name.startswith("proposer.")}
-
-
-def restore_encoders(channel: Channel, keys: Sequence[str], files: LocalFiles) -> list[Encoder]:
-    """The trained encoders of a channel."""
-    return [spec.restore(files.state(key)) for spec, key in zip(channel.encoders, keys, strict=True)]
-
-
-def encode_all(encoders: Sequence[Encoder], batch: FeatureBatch) -> FeatureBatch:
-    """The batch after every encoder in turn."""
-    for encoder in encoders:
-        batch = encoder.encode(batch)
-    return batch
-
-
-def encode_queries(encoders: Sequence[Encoder], batch: FeatureBatch) -> FeatureBatch:
-    """The same for queries, which some encoders give another form."""
-    for encoder in encoders:
-        encode = encoder.encode_queries if isinstance(encoder, AsymmetricEncoder) else encoder.encode
-        batch = encode(batch)
-    return batch
-
-
-def _decode_query(picture: bytes, box: Box | None, view: View, limits: Limits, number: int) -> Decoded:
-    if box is not None:
-        picture = _crop(picture, box, limits, number)
-    return _decoded_or_error(decode(picture, view, limits), number)
-
-
-def _crop(picture: bytes, box: Box, limits: Limits, number: int) -> bytes:
-    """The box of the upright picture as PNG: a query is cropped before anything is resized."""
-    whole = _decoded_or_error(decode(picture, View(size=1 << 20), limits), number)
-    height, width = whole.size
-    x, y, w, h = box
-    left, top, right, bottom = max(round(x), 0), max(round(y), 0), min(round(x + w), width), min(round(y + h), height)
-    if right <= left or bottom <= top:
-        raise DataError(f"box {x:g},{y:g},{w:g},{h:g} lies outside the query picture of {width} x {height} pixels")
-    buffer = io.BytesIO()
-    Image.fromarray(whole.pixels[top:bottom, left:right]).save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
-def _decoded_or_error(result: Decoded | BadImage, number: int) -> Decoded:
-    if isinstance(result, BadImage):
-        raise DataError(f"query picture {number} cannot be used: {result.reason} ({result.detail})")
-    return result
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from cbir.artifacts import StoredFile
 from cbir.errors import ArtifactError, ObjectMissing
 from cbir.layout import Layout
-from cbir.search import Partition, Searcher
+from cbir.partition import Partition
+from cbir.search import Searcher
 from cbir.storage import Store
 from cbir.versions import Manifest
 

@@ -18,7 +18,8 @@ from pipelines.terminal import Commands, IndexOrConfig, VersionOption, err, open
 
 if TYPE_CHECKING:
     from cbir.config import Config
-    from cbir.search import Box, Result
+    from cbir.queries import Box
+    from cbir.search import Result
 
 __all__ = ["app", "main"]
 

@@ -13,7 +13,8 @@ from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, ConfigError
 from cbir.index.dense import merge_partitions, write_index
 from cbir.layout import Layout
-from cbir.search import LocalFiles, Partition, encode_all, restore_encoders
+from cbir.partition import LocalFiles, Partition
+from cbir.queries import encode_all, restore_encoders
 from cbir.spec import nearest
 from cbir.storage import Store
 from cbir.types import FEATURES_SCHEMA, FeatureBatch

@@ -19,7 +19,9 @@ from cbir.artifacts import sha256_of
 from cbir.config import Config, parse_config
 from cbir.errors import CbirError, ConfigError
 from cbir.layout import Layout
-from cbir.search import Answer, Box, LocalFiles, Partition, QueryEncoder, Result, Searcher
+from cbir.partition import LocalFiles, Partition
+from cbir.queries import Box, QueryEncoder
+from cbir.search import Answer, Result, Searcher
 from cbir.storage import open_store
 from cbir.types import FeatureBatch, Hits, Int64s
 from cbir.versions import Manifest, Versions

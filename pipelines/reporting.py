@@ -17,8 +17,9 @@ from cbir.evaluation.report import Counts, QuarantineRow, Report, SearchFigures,
 from cbir.evaluation.search_page import Matches, SearchRow, write_search_page
 from cbir.images import BadImage, View, decode
 from cbir.layout import Layout
+from cbir.queries import Box
 from cbir.rerank.fits import Verifier
-from cbir.search import Answer, Box, Searcher
+from cbir.search import Answer, Searcher
 from cbir.storage import Store
 from cbir.types import image_id
 from cbir.versions import Manifest

@@ -14,7 +14,7 @@ from cbir.collection import Place
 from cbir.errors import DataError
 from cbir.index.dense import exact_search
 from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
-from cbir.search import encode_all
+from cbir.queries import encode_all
 from cbir.spec import fingerprint
 from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits
 from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet

@@ -12,7 +12,8 @@ from PIL import Image
 import cbir
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, DataError, ObjectMissing, StorageError
-from cbir.search import LocalFiles, Partition, Searcher, open_version, searcher_of
+from cbir.partition import LocalFiles, Partition
+from cbir.search import Searcher, open_version, searcher_of
 from cbir.storage import open_store
 from cbir.types import Hits, image_id
 from cbir.versions import Versions

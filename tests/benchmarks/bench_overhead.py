@@ -30,7 +30,8 @@ from cbir.collection import list_shards, read_images
 from cbir.config import Config, parse_config
 from cbir.images import Decoded, decode
 from cbir.layout import Layout
-from cbir.search import LocalFiles, encode_all, restore_encoders
+from cbir.partition import LocalFiles
+from cbir.queries import encode_all, restore_encoders
 from cbir.storage import open_store
 from cbir.types import ImageBatch, image_id
 from cbir.versions import Versions
