@@ -36,6 +36,7 @@ from cbir.spec import Spec, methods, nearest, one_of
 
 __all__ = [
     "Channel",
+    "Codebooks",
     "Config",
     "Evaluate",
     "Pool",
@@ -65,6 +66,21 @@ T = TypeVar("T")
 ChannelName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
+class Codebooks(Spec):
+    """The trained state of another index, such as one of a larger collection or the version before.
+
+    Its channel must have the same extractor, encoders and index. What is counted over a whole collection, such as idf,
+    is counted over this one.
+    """
+
+    store: Annotated[str, StringConstraints(min_length=1)]
+    """Where that index is: a folder or s3://bucket/prefix."""
+    version: PositiveInt | None = None
+    """Which of its versions; unset: the current one when the run starts."""
+    channel: ChannelName | None = None
+    """Which of its channels; unset: the one with the same name."""
+
+
 class Channel(Spec):
     """One way to describe images: an extractor, the encoders after it, and the index of the result."""
 
@@ -78,6 +94,9 @@ class Channel(Spec):
     """From features to what the index holds: one after the other, in this order."""
     index: Index
     """How the results of the encoders are stored and compared."""
+    codebooks: Codebooks | None = None
+    """Take encoders and index as they were trained for another index, instead of training them on a sample of this
+    collection."""
     keep_features: bool = False
     """Publish the extractor's features beside the index, for rerankers that need them."""
     keep_signatures: bool = False

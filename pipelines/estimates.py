@@ -17,7 +17,8 @@ from cbir.errors import DataError
 from cbir.features.describer import Describer
 from cbir.images import BadImage, decode
 from cbir.types import FeatureBatch, ImageBatch, image_id
-from pipelines.indexing import plan, read_assets
+from pipelines.assets import check_codebooks, read_assets
+from pipelines.indexing import plan
 from pipelines.work import limit_threads
 
 __all__ = ["Estimate", "Line", "estimate"]
@@ -77,6 +78,8 @@ def estimate(config: Config) -> Estimate:
     """List the collection and try a few of its images; nothing is written. ConfigError, DataError as `cbir index`."""
     limit_threads()
     shards = plan(config)
+    for name in config.channels:
+        check_codebooks(config, name)
     raw = _some_images(config, shards)
     trials = {name: _try(channel, config, name, raw) for name, channel in config.channels.items()}
     num_bytes = sum(shard.num_bytes for shard in shards)

@@ -7,19 +7,19 @@ that are there. Tasks of a stage are independent; a stage starts when the stage 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cbir.artifacts import Done, StoredFile, find_done, lease, sha256_of
+from cbir.artifacts import Done, find_done, lease
 from cbir.collection import ImageShard, list_shards
-from cbir.config import Channel, Config, Pool
-from cbir.errors import ArtifactError, CbirError, ConfigError, DataError
-from cbir.layout import ChannelLayout, Layout, PartitionLayout, partition_bounds
-from cbir.spec import fingerprint
+from cbir.config import Config, Pool
+from cbir.errors import DataError
+from cbir.layout import Layout, partition_bounds
 from cbir.storage import Store, open_store
-from cbir.versions import Manifest, Versions, unique_files
+from cbir.versions import Manifest, Versions
+from pipelines.assembly import Built, Part, channel_layout, checked_counts, manifest_of, partition
+from pipelines.assets import channel_work
 from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
 from pipelines.gate import EvaluateTask, check_ground_truth
@@ -32,7 +32,7 @@ from pipelines.training import (
     SampleTask,
     TrainTask,
 )
-from pipelines.work import Asset, ChannelWork, Report, Task
+from pipelines.work import ChannelWork, Report, Task
 
 __all__ = ["Progress", "Silent", "index", "plan"]
 
@@ -40,9 +40,6 @@ T = TypeVar("T", bound=Task)
 
 _PART_FEATURES = 200_000
 """Features of the sample that a worker adds up at a time, for a round of a codebook."""
-
-_Part = tuple[int, str, str, int]
-"""A file of a partition: the partition's least id, the channel, the role, and its number among those of this role."""
 
 
 class Progress(Protocol):
@@ -89,7 +86,7 @@ def index(config: Config, progress: Progress | None = None) -> Manifest:
     check_ground_truth(config)
     store.probe()
     shards = plan(config)
-    works = [_channel_work(store, config, name) for name in config.channels]
+    works = [channel_work(store, config, name) for name in config.channels]
     progress.stage("workers", None)
     with lease(store, "cbir index"), contextlib.closing(executor_for(config)) as executor:
         run = _Run(config, store, executor, progress)
@@ -111,49 +108,6 @@ def plan(config: Config) -> list[ImageShard]:
     return shards
 
 
-def _channel_work(store: Store, config: Config, name: str) -> ChannelWork:
-    channel = config.channels[name]
-    return ChannelWork(name, channel, _stored_assets(store, channel, f"channels.{name}"))
-
-
-def _stored_assets(store: Store, channel: Channel, path: str) -> dict[str, Asset]:
-    """Copy the files of a channel into the store, so that a version needs nothing from outside."""
-    assets = {}
-    for name, suffix, data in read_assets(channel, path):
-        digest = sha256_of(data)
-        key = f"assets/{digest}{suffix}"
-        store.create(key, data)
-        assets[name] = Asset(key, digest)
-    return assets
-
-
-def read_assets(channel: Channel, path: str) -> Iterator[tuple[str, str, bytes]]:
-    """Name (as by `Channel.assets`), file extension and content of the files of the channel at this YAML path."""
-    for name, uri in channel.assets.items():
-        yield name, Path(uri).suffix, _read_asset(uri, f"{path}.{name if '.' in name else f'extractor.{name}'}")
-
-
-def _read_asset(uri: str, path: str) -> bytes:
-    """A file that the configuration names, from a local path or a store."""
-    folder, _, name = uri.rpartition("/")
-    try:
-        return open_store(folder or ".").read(name)
-    except (CbirError, OSError) as error:
-        raise ConfigError(f"{path}: cannot read {uri}: {error}") from None
-
-
-@dataclass(frozen=True)
-class _Built:
-    """All parts of a candidate version."""
-
-    layout: Layout
-    records: Sequence[Done]
-    works: Sequence[ChannelWork]
-    counts: Mapping[str, int]
-    builds: Mapping[str, Sequence[Done]]
-    trains: Mapping[str, Done]
-
-
 @dataclass
 class _Run:
     """One run of the driver: what every stage needs."""
@@ -163,7 +117,7 @@ class _Run:
     executor: Executor
     progress: Progress
 
-    def build(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> _Built:
+    def build(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> Built:
         """Every stage from `extract` to `merge`."""
         config = self.config
         tasks = [ExtractTask.of(shard, work, config) for work in works for shard in shards]
@@ -187,14 +141,12 @@ class _Run:
         )
         merges = self._merges(works, extracted, trains, builds, totals, bounds)
         backgrounds = self._backgrounds(works, extracted, trains)
-        counts = _counts(extracted[works[0].name], catalogs)
-        layout = Layout(
-            {work.name: _channel_layout(work, trains[work.name], backgrounds.get(work.name)) for work in works},
-            tuple(_partition(b, c, merges) for b, c in zip(bounds, catalogs, strict=True)),
-        )
+        counts = checked_counts(extracted[works[0].name], catalogs)
+        channels = {work.name: channel_layout(work, trains[work.name], backgrounds.get(work.name)) for work in works}
+        partitions = tuple(partition(b, c, merges) for b, c in zip(bounds, catalogs, strict=True))
         records = [*dones, *trains.values(), *catalogs, *(done for parts in builds.values() for done in parts)]
         records += [*totals.values(), *merges.values(), *backgrounds.values()]
-        return _Built(layout, records, works, counts, builds, trains)
+        return Built(Layout(channels, partitions), records, works, counts, builds, trains)
 
     def _trains(self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]) -> dict[str, Done]:
         """Trained channels; a sample is drawn only for those that are not trained yet."""
@@ -207,7 +159,8 @@ class _Run:
 
         untrained = [work for work in works if find_done(self.store, "train", task(work, ()).fingerprint) is None]
         samples = self._stage_by_channel("sample", {work.name: drawn[work.name] for work in untrained})
-        books = self._codebooks([work for work in untrained if work.channel.index.has_codebook], drawn, samples)
+        begun = [work for work in untrained if work.channel.index.has_codebook and not work.states]
+        books = self._codebooks(begun, drawn, samples)
         tasks = [task(work, samples.get(work.name, ()), books.get(work.name)) for work in works]
         dones = self._stage("train", tasks, config.pools.build)
         return {work.name: done for work, done in zip(works, dones, strict=True)}
@@ -289,8 +242,8 @@ class _Run:
         builds: Mapping[str, Sequence[Done]],
         totals: Mapping[str, Done],
         bounds: Sequence[tuple[int, int]],
-    ) -> dict[_Part, Done]:
-        tasks: dict[_Part, Task] = {}
+    ) -> dict[Part, Done]:
+        tasks: dict[Part, Task] = {}
         for work, bound in itertools.product(works, bounds):
             made, channel = builds[work.name], work.channel
             for piece in range(channel.index.pieces):
@@ -360,28 +313,10 @@ class _Run:
                 f"see the quarantine files under {self.store.uri}/stages/extract, or raise max_bad"
             )
 
-    def evaluate(self, built: _Built) -> Manifest:
+    def evaluate(self, built: Built) -> Manifest:
         """The gate: open the candidate from its files in a fresh worker, check it, measure it, hold it to the floor."""
-        config = self.config
-        files = {
-            file.key: file for done in built.records for file in done.files if file.key in _published(built.layout)
-        }
-        for work in built.works:
-            for asset in work.assets.values():
-                files[asset.key] = StoredFile("asset", asset.key, self.store.stat(asset.key).size, asset.sha256)
-        semantic = config.model_dump(mode="json", exclude={"workers", "pools", "ray", "store"})
-        ranking = [spec.identity() for spec in (config.search.fuse, *config.search.rerank) if spec is not None]
-        manifest = Manifest(
-            version=0,
-            content=fingerprint(built.layout.to_json(), semantic, ranking),
-            config=config.model_dump(mode="json"),
-            files=unique_files(files.values()),
-            layout=built.layout.to_json(),
-            counts=built.counts,
-            work=tuple(sorted({f"stages/{done.stage}/{done.fingerprint}/" for done in built.records})),
-        )
-        task = EvaluateTask.of(manifest, built.builds, built.trains)
-        done = self._stage("evaluate", [task], config.pools.build)[0]
+        task = EvaluateTask.of(manifest_of(self.config, self.store, built), built.builds, built.trains)
+        done = self._stage("evaluate", [task], self.config.pools.build)[0]
         return task.accepted(self.store, done)
 
 
@@ -396,50 +331,3 @@ def _in_parts(samples: Sequence[Done]) -> list[list[Done]]:
         parts[-1].append(done)
         held += done.counts["features"]
     return parts
-
-
-def _published(layout: Layout) -> set[str]:
-    keys = {key for channel in layout.channels.values() for key in (*channel.encoders, channel.index)}
-    return keys.union(*(part.keys for part in layout.partitions))
-
-
-def _channel_layout(work: ChannelWork, train: Done, background: Done | None) -> ChannelLayout:
-    encoders = tuple(train.file(f"encoder-{number}").key for number in range(len(work.channel.encoders)))
-    assets = {name: asset.key for name, asset in work.assets.items()}
-    value = float(background.facts["background"]) if background else None
-    return ChannelLayout(encoders, train.file("index").key, assets, value)
-
-
-def _partition(bound: tuple[int, int], catalog: Done, merges: Mapping[_Part, Done]) -> PartitionLayout:
-    files: dict[str, dict[str, list[str]]] = {"index": {}, "features": {}, "signatures": {}}
-    for (low, name, role, _), done in merges.items():
-        if low == bound[0]:
-            files[role].setdefault(name, []).append(done.file(role).key)
-    return PartitionLayout(
-        *bound,
-        num_images=catalog.counts["indexed"],
-        ids=catalog.file("ids").key,
-        quarantine=catalog.file("quarantine").key,
-        indexes={name: tuple(keys) for name, keys in files["index"].items()},
-        features={name: keys[0] for name, keys in files["features"].items()},
-        signatures={name: keys[0] for name, keys in files["signatures"].items()},
-    )
-
-
-def _counts(extracted: Sequence[Extracted], catalogs: Sequence[Done]) -> dict[str, int]:
-    """images = indexed + quarantined, or an ArtifactError: the law that nothing is lost."""
-    counts = {
-        "images": sum(part.done.counts["images"] for part in extracted),
-        "indexed": sum(done.counts["indexed"] for done in catalogs),
-        "quarantined": sum(done.counts["quarantined"] for done in catalogs),
-        "features": sum(part.done.counts["features"] for part in extracted),
-        "bytes": sum(part.done.counts["bytes"] for part in extracted),
-        "shards": len(extracted),
-        "partitions": len(catalogs),
-    }
-    if counts["images"] != counts["indexed"] + counts["quarantined"]:
-        raise ArtifactError(
-            f"{counts['images']} images were read, but {counts['indexed']} are indexed and {counts['quarantined']} "
-            "quarantined; please report this with the store's stages/ folder"
-        )
-    return counts

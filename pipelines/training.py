@@ -14,8 +14,8 @@ from cbir.artifacts import Done, StoredFile, read_part
 from cbir.encoding.encoder import Encoder
 from cbir.errors import DataError
 from cbir.index.index import Index
+from cbir.queries import encode_all, encode_queries
 from cbir.rerank.adaptive import background
-from cbir.search import encode_all, encode_queries
 from cbir.spec import fingerprint
 from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s, State
 from pipelines.tables import open_parquet, write_parquet
@@ -231,11 +231,12 @@ class TrainTask(Task):
         """The task of one channel; its fingerprint is known before samples and codebook are, which what is done needs
         not."""
         sources = sorted(task.fingerprint for task in made_of)
-        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, sources)
+        given = [state.sha256 for state in work.states]
+        identity = fingerprint("train", work.training_identity(), work.name, seed, probes, sources, given)
         return cls(f"codebooks [{work.name}]", identity, work, tuple(samples), seed, probes, codebook)
 
     def run(self, worker: Worker) -> Done:
-        """Fit each encoder on what the encoders before it make of the sample, then the index."""
+        """Fit each encoder on what the encoders before it make of the sample, then the index; or take what is given."""
         with worker.timer.phase("read"):
             sample = _whole_sample(worker, self.work, self.samples)
         counts = {"images": len(sample), "features": len(sample.descriptors)}
@@ -244,11 +245,12 @@ class TrainTask(Task):
         probes = sample.take(chosen)
         channel, files = self.work.channel, []
         fits = channel.index.trained if self.codebook is None else channel.index.fits_sample
-        trained = [*(spec.trained for spec in channel.encoders), fits]
+        trained = [not self.work.states and fits for fits in (*(spec.trained for spec in channel.encoders), fits)]
         with worker.timer.phase("device"):
             for position, spec in enumerate(channel.encoders):
                 with _at(f"channels.{self.work.name}.encoders.{position}"):
-                    encoder = spec.fit(sample, self.seed)
+                    given = self._given(worker, position)
+                    encoder = spec.fit(sample, self.seed) if given is None else spec.restore(given)
                 probes = encoder.encode(probes)
                 # Where nothing after it looks at the sample, the sample need not be encoded any further.
                 sample = encoder.encode(sample) if any(trained[position + 1 :]) else probes
@@ -264,8 +266,17 @@ class TrainTask(Task):
     def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
         return self.put(worker, role, packed(trained.state()), "safetensors")
 
+    def _given(self, worker: Worker, position: int) -> State | None:
+        """The state of an encoder, or at -1 of the index, if it is not to be trained."""
+        if not self.work.states:
+            return None
+        asset = self.work.states[position]
+        return load_safetensors(worker.store.read(asset.key, sha256=asset.sha256))
+
     def _trained_index(self, worker: Worker, sample: FeatureBatch) -> Index:
-        spec = self.work.channel.index
+        spec, given = self.work.channel.index, self._given(worker, -1)
+        if given is not None:
+            return spec.restore(given)
         if self.codebook is None:
             return spec.train(sample, self.seed)
         codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))

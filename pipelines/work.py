@@ -188,11 +188,13 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class ChannelWork:
-    """A channel as tasks carry it: its name, its settings and its files, named as by `Channel.assets`."""
+    """A channel as tasks carry it: its name, its settings, its files, named as by `Channel.assets`, and, if it is not
+    to be trained, the trained states of its encoders and, last, of its index."""
 
     name: str
     channel: Channel
     assets: Mapping[str, Asset] = field(default_factory=dict)
+    states: tuple[Asset, ...] = ()
 
     def extractor_identity(self) -> dict[str, Any]:
         """What identifies the extractor, and mask and proposer where there are: their settings, with the content of
