@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cbir.evaluation.metrics import Quality
-from cbir.evaluation.page import write_page
+from cbir.evaluation.page import data_uri, write_page
 
 __all__ = ["Comparison", "Figures", "Row", "Table", "write_comparison"]
 
@@ -157,17 +157,27 @@ class Comparison:
         """The means are those of complete lines only: a mean over other sets would mislead."""
         found = {row.ground_truth: row for row in self.rows if row.method == method}
         precisions = (found[truth].precision if truth in found else "" for truth in self.ground_truths)
-        held = [row for row in found.values() if row.figures is not None]
-        if len(held) < len(self.ground_truths):
+        if (mean := self._mean(method)) is None:
             return method, *precisions, "", "", "", ""
-        mean = Row(
+        return method, *precisions, mean.precision, *mean.sizes, mean.milliseconds
+
+    @property
+    def means(self) -> tuple[Row, ...]:
+        """The mean of every method over all ground truths; without those that lack one."""
+        means = map(self._mean, dict.fromkeys(row.method for row in self.rows))
+        return tuple(mean for mean in means if mean is not None)
+
+    def _mean(self, method: str) -> Row | None:
+        held = [row for row in self.rows if row.method == method and row.figures is not None]
+        if len({row.ground_truth for row in held}) < max(len(self.ground_truths), 1):
+            return None
+        return Row(
             method,
             figures=Figures.mean([row.figures for row in held]),
             before=Figures.mean([row.before for row in held]),
             index_bytes=float(np.mean([row.index_bytes or 0 for row in held])),
             feature_bytes=float(np.mean([row.feature_bytes or 0 for row in held])),
         )
-        return method, *precisions, mean.precision, *mean.sizes, mean.milliseconds
 
 
 COLUMNS = (
@@ -191,5 +201,13 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(comparison.to_json(), indent=2) + "\n")
     page = folder / "comparison.html"
-    write_page(page, "comparison.html", comparison=comparison)
+    write_page(page, "comparison.html", comparison=comparison, curve=_curve(comparison))
     return page
+
+
+def _curve(comparison: Comparison) -> str | None:
+    """mAP by bytes as a picture, if there are at least two methods to compare."""
+    from cbir.evaluation.plots import size_plot
+
+    sized = [row for row in comparison.means if row.index_bytes]
+    return data_uri(size_plot(sized), "image/svg+xml") if len(sized) > 1 else None

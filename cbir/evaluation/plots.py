@@ -2,17 +2,20 @@
 
 import io
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cbir.evaluation.comparison import Row
 from cbir.evaluation.metrics import Quality
 
-__all__ = ["quality_plots"]
+__all__ = ["quality_plots", "size_plot"]
+
+T = TypeVar("T")
 
 ACCENT, INK, GRID = "#2456c5", "#4a5261", "#e6e8ec"
 RECALL_DEPTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -51,9 +54,15 @@ def quality_plots(quality: Quality) -> dict[str, bytes]:
         return {caption: _svg(draw, quality) for caption, draw in drawings.items()}
 
 
-def _svg(draw: Callable[[Axes, Quality], None], quality: Quality) -> bytes:
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-    draw(figure.subplots(), quality)
+def size_plot(methods: Sequence[Row]) -> bytes:
+    """SVG: mAP by bytes of an image in the index, with a line through the methods that no smaller one equals."""
+    with mpl.rc_context(STYLE):
+        return _svg(_sizes, methods, (9.2, 5.2))
+
+
+def _svg(draw: Callable[[Axes, T], None], shown: T, size: tuple[float, float] = (4.6, 2.9)) -> bytes:
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(), shown)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
@@ -99,3 +108,19 @@ def _first_hits(axes: Axes, quality: Quality) -> None:
     axes.tick_params(axis="x", labelsize=8, rotation=35 if len(names) > 6 else 0)
     axes.margins(y=0.15)
     axes.set(xlabel="rank of the first positive", ylabel="queries")
+
+
+def _sizes(axes: Axes, methods: Sequence[Row]) -> None:
+    axes.set_xscale("log")
+    best = 0.0
+    front: list[tuple[float, float]] = []
+    for method in sorted(methods, key=lambda method: (method.index_bytes or 0.0, method.name)):
+        size, precision = method.index_bytes or 0.0, method.figures.map if method.figures else 0.0
+        axes.plot([size], [precision], color=ACCENT, marker="o", markersize=5)
+        axes.annotate(method.name, (size, precision), (5, 3), textcoords="offset points", fontsize=7)
+        if method.before is not None:
+            axes.plot([size], [method.before.map], color=ACCENT, marker="o", markersize=5, fillstyle="none")
+        if precision > best:
+            front, best = [*front, (size, precision)], precision
+    axes.plot(*zip(*front, strict=True), color=ACCENT, alpha=0.3)
+    axes.set(xlabel="bytes of an image in the index", ylabel="mAP")

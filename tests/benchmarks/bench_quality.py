@@ -1,8 +1,9 @@
 """How good the methods are on real photographs: `python tests/benchmarks/bench_quality.py [--store DIR] [NAME ...]`.
 
 A method is one YAML of tests/benchmarks/quality/ (or `--configs DIR`): its channels and its search, without images and
-store. Each is indexed for every set together with the distractors, and measured before and after re-ranking; NAMEs
-choose some. The photographs and weights are found through CBIR_TEST_DATA, which the YAMLs may name as
+store. Each is trained once, on the databases of all sets and the distractors, as the references are; then it indexes
+every set's database together with the distractors, and is measured before and after re-ranking. NAMEs choose some
+methods. The photographs and weights are found through CBIR_TEST_DATA, which the YAMLs may name as
 `${CBIR_TEST_DATA}`. With `--store`, a second run reuses what the first made.
 
 ms/query is the time of search and re-ranking over the whole index with one thread; the extraction of the queries, which
@@ -22,6 +23,8 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported; the processes below share the processors
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import yaml
 
 from cbir.config import load_config
@@ -57,19 +60,50 @@ def truth_file(photographs: str) -> Path:
     return DATA / "photos" / photographs / "ground_truth.csv"
 
 
-def write_configurations(folder: Path, methods: Sequence[Path], store: str) -> None:
-    """A folder of configurations for each set, with its images and the distractors, all in one store."""
-    for photographs in SETS:
-        own = {
-            "images": [str(DATA / "photos" / name / "images") for name in (photographs, "distractors")],
-            "store": store,
-            "evaluate": {"ground_truth": str(truth_file(photographs)), "probes": 0},
-            "workers": 0,
-        }
-        (folder / photographs).mkdir(parents=True, exist_ok=True)
-        for method in methods:
-            settings = yaml.safe_load(os.path.expandvars(method.read_text()))
-            (folder / photographs / method.name).write_text(yaml.safe_dump(settings | own, sort_keys=False))
+def link_databases(folder: Path) -> None:
+    """A folder for each set and for the distractors, with links to the images that may be found."""
+    for photographs in (*SETS, "distractors"):
+        rows = pa.csv.read_csv(truth_file(photographs)).to_pylist()
+        for image in (row["image"] for row in rows if row["role"] != "query"):
+            link = folder / photographs / image.removeprefix("images/")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(truth_file(photographs).parent / image)
+
+
+class Configurations:
+    """The configurations of all methods: one that trains each, and one for each set; all in one store."""
+
+    def __init__(self, folder: Path, methods: Sequence[Path], store: Path) -> None:
+        self._folder, self._store, self.methods = folder, store, methods
+        self._databases = store.with_name(f"{store.name}-databases")
+        link_databases(self._databases)
+
+    def of_set(self, photographs: str) -> Path:
+        """The folder of those of one set."""
+        return self._folder / photographs
+
+    def training(self, method: Path) -> Path:
+        """Writes the one that trains a method."""
+        return self._write("training", method, [self._databases], None)
+
+    def write(self, method: Path, trained: int) -> None:
+        """Writes those of a method for all sets, with the codebooks of a version."""
+        for photographs in SETS:
+            self._write(photographs, method, [self._databases / name for name in (photographs, "distractors")], trained)
+
+    def _write(self, folder: str, method: Path, images: Sequence[Path], trained: int | None) -> Path:
+        settings = yaml.safe_load(os.path.expandvars(method.read_text()))
+        settings |= {"images": [str(place) for place in images], "store": str(self._store), "workers": 0}
+        settings["evaluate"] = {"probes": 0}
+        if trained is not None:
+            settings["evaluate"]["ground_truth"] = str(truth_file(folder))
+            for channel in settings["channels"].values():
+                channel["codebooks"] = {"store": str(self._store), "version": trained}
+        path = self._folder / folder / method.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
 
 
 class QueryFeatures:
@@ -97,13 +131,13 @@ class QueryFeatures:
     @staticmethod
     def _identity(searcher: Searcher, channel: str) -> str:
         """Of all that comes before the encoders."""
-        return fingerprint(searcher.config.channels[channel].model_dump(mode="json", exclude={"encoders", "index"}))
+        return fingerprint(searcher.config.channels[channel].model_dump(mode="json", include={"extractor", "mask"}))
 
 
 def measured(photographs: str, folder: Path) -> tuple[Row, ...]:
     """All methods on one set, in this process."""
     limit_threads()
-    chosen = candidates([str(folder / photographs)])
+    chosen = candidates([str(folder)])
     for candidate in chosen:
         index(load_config(candidate.index))
     measurement = Measurement(before_reranking=True, raw_features=QueryFeatures(photographs).of)
@@ -144,13 +178,16 @@ def main() -> None:
     if not methods:
         sys.exit(f"none of {', '.join(chosen.names) or '*.yaml'} in {chosen.configs}")
     with tempfile.TemporaryDirectory(prefix="bench-quality-") as temporary:
-        store, folder = chosen.store or f"{temporary}/store", Path(temporary)
-        write_configurations(folder, methods, store)
-        # The distractors belong to every set: all processes work on them here, and none of the later ones does.
+        store = Path(chosen.store or f"{temporary}/store").resolve()
+        configurations = Configurations(Path(temporary), methods, store)
         for method in methods:
-            index(load_config(folder / SETS[0] / method.name, [f"workers={PROCESSES}"]))
+            trained = index(load_config(configurations.training(method), [f"workers={PROCESSES}"]))
+            configurations.write(method, trained.version)
+            # The distractors belong to every set: all processes work on them here, and none of the later ones does.
+            index(load_config(configurations.of_set(SETS[0]) / method.name, [f"workers={PROCESSES}"]))
+            print(f"trained: {method.stem}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-            rows = [row for some in pool.map(measured, SETS, [folder] * len(SETS)) for row in some]
+            rows = [row for some in pool.map(measured, SETS, map(configurations.of_set, SETS)) for row in some]
     print_tables(Comparison(tuple(rows)))
 
 

@@ -106,3 +106,19 @@ def test_the_json_beside_it_has_all_figures(tmp_path: Path):
     assert first["before"]["median_ms"] == 12.0
     assert first["version"] == 3
     assert (second["name"], second["figures"], second["error"]) == ("b", None, "broken")
+
+
+def test_the_page_shows_quality_by_size(tmp_path: Path):
+    small = replace(VLAD, name="day/small", index_bytes=100.0)
+    page = write_comparison(tmp_path, Comparison((VLAD, small))).read_text()
+    assert page.count("data:image/svg+xml;base64,") == 1
+    assert "Rings are the same before re-ranking" in page
+    assert "svg+xml" not in write_comparison(tmp_path, Comparison((VLAD,))).read_text(), "one point is no curve"
+
+
+def test_means_are_those_of_methods_with_all_ground_truths():
+    night = replace(VLAD, name="night/vlad", ground_truth="night", figures=PLAIN, index_bytes=1000.0)
+    bow = replace(VLAD, name="day/bow")
+    (mean,) = Comparison((VLAD, night, bow)).means
+    assert (mean.name, mean.figures, mean.index_bytes) == ("vlad", Figures.mean([VERIFIED, PLAIN]), 1528.2)
+    assert Comparison((Row("a/broken", error="no such file"),)).means == ()
