@@ -35,11 +35,10 @@ demo/ground_truth.csv: $(INSTALLED) pipelines/demo.py
 	@rm -rf demo/images demo/queries $@
 	$(BIN)/python -m pipelines.demo demo
 
-# Tests that start servers and clusters run one after the other; the others in two processes. Two processes have no
-# terminal to take a width from.
+# In two processes, which have no terminal to take a width from; tests that start servers and clusters come last.
 test: $(INSTALLED) ## run all tests
 	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/service
-	$(BIN)/pytest tests/service
+	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile tests/service
 
 lint: $(INSTALLED) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
