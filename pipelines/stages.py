@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
 
 from cbir.artifacts import Done, StoredFile, read_part
 from cbir.collection import Place
@@ -18,7 +17,7 @@ from cbir.queries import encode_all
 from cbir.spec import fingerprint
 from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits
 from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet
-from pipelines.training import Trained
+from pipelines.training import Trained, added_up, packed
 from pipelines.work import ChannelWork, Task, Worker
 
 __all__ = [
@@ -77,8 +76,7 @@ class BuildTask(Task):
         facts = {"entry_bytes": table.num_rows * spec.entry_bytes(self.train.facts["dim"])}
         files = [self.put(worker, "entries", path, "parquet"), self.put(worker, "probe_hits", probes, "parquet")]
         if spec.has_statistics:
-            arrays = dict(trained.index.statistics(table))
-            files.append(self.put(worker, "statistics", save_safetensors(arrays), "safetensors"))
+            files.append(self.put(worker, "statistics", packed(trained.index.statistics(table)), "safetensors"))
         if self.work.channel.keep_signatures:
             facts["signature_bytes"] = sum(batch.nbytes for batch in signatures)
             files.append(self._put_signatures(worker, signatures))
@@ -136,12 +134,8 @@ class TotalsTask(Task):
 
     def run(self, worker: Worker) -> Done:
         """Exact sums of integers, whatever the order."""
-        totals: dict[str, Any] = {}
-        for done in self.builds:
-            with worker.timer.phase("read"):
-                found = load_safetensors(read_part(worker.store, done.file("statistics")))
-            totals = {name: array + totals.get(name, 0) for name, array in found.items()}
-        return self.finish(worker, [self.put(worker, "totals", save_safetensors(totals), "safetensors")], {})
+        totals = added_up(worker, [done.file("statistics") for done in self.builds])
+        return self.finish(worker, [self.put(worker, "totals", packed(totals), "safetensors")], {})
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "SampleTask",
     "TrainTask",
     "Trained",
+    "added_up",
     "packed",
     "seeded_uniform",
 ]
@@ -171,11 +172,7 @@ class CodebookRoundTask(Task):
     def run(self, worker: Worker) -> Done:
         """Add up, and take the means."""
         codebook = load_safetensors(read_part(worker.store, self.codebook.file("codebook")))
-        totals: dict[str, Any] = {}
-        for done in self.sums:
-            with worker.timer.phase("read"):
-                found = load_safetensors(read_part(worker.store, done.file("sums")))
-            totals = {name: array + totals.get(name, 0) for name, array in found.items()}
+        totals = added_up(worker, [done.file("sums") for done in self.sums])
         state = self.work.channel.index.next_codebook(codebook, totals, last=self.last)
         return self.finish(worker, [self.put(worker, "codebook", packed(state), "safetensors")], {})
 
@@ -200,6 +197,16 @@ def _whole_sample(worker: Worker, work: ChannelWork, samples: Sequence[Done]) ->
     tables = (file.read(columns=FEATURES_SCHEMA.names) for file in files)
     sample = FeatureBatch.concatenate([FeatureBatch.from_arrow(table) for table in tables])
     return sample.take(np.argsort(sample.image_ids, kind="stable"))
+
+
+def added_up(worker: Worker, files: Sequence[StoredFile]) -> State:
+    """The sums of the arrays of several safetensors files, by name: of integers, exact in any order."""
+    totals: dict[str, Any] = {}
+    for file in files:
+        with worker.timer.phase("read"):
+            found = load_safetensors(read_part(worker.store, file))
+        totals = {name: array + totals.get(name, 0) for name, array in found.items()}
+    return totals
 
 
 def packed(state: State) -> bytes:
