@@ -122,6 +122,41 @@ def index(
         out.print(str(write_evaluation(report, open_store(settings.store), searcher, None, progress.stages)))
 
 
+@app.command()
+def extract(
+    config: ConfigFile,
+    target: Annotated[
+        str, typer.Argument(metavar="OUT", help="Where the files go: a folder or s3:// URI.", show_default=False)
+    ],
+    npy: Annotated[bool, typer.Option("--npy", help="Write the rows of a channel as one .npy too.")] = False,
+    images: Images = None,
+    store: StoreOption = None,
+    workers: Workers = None,
+    sets: Set = None,
+) -> None:
+    """Extract features and write them as plain files, for an index of your own.
+
+    OUT/CHANNEL/SHARD.parquet has the features of a shard's images by rising id, OUT/CHANNEL/SHARD.quarantine.parquet
+    the images that have none, and why. Work is kept in the configuration's store: an interrupted run goes on where it
+    stopped, and `cbir index` finds the features there.
+
+    Example: `cbir extract configs/deep_ivfpq.yaml features --images ~/Pictures --npy`
+    """
+    from pipelines.feature_files import write_features
+    from pipelines.indexing import extract as run_extract
+    from pipelines.progress import RunProgress
+
+    settings = _config(config, images, store, workers, sets)
+    with RunProgress(err) as progress:
+        extracted = run_extract(settings, progress)
+    for channel, counts in write_features(settings, extracted, target, npy=npy).items():
+        out.print(
+            f"{channel}: {counts['features']:,} features of {counts['indexed']:,} images, "
+            f"{counts['quarantined']:,} quarantined, in {target.rstrip('/')}/{channel}/",
+            soft_wrap=True,
+        )
+
+
 def _print_quality(quality: Any) -> None:
     for channel, recalls in quality.get("ann_recall", {}).items():
         if not recalls:

@@ -7,7 +7,7 @@ that are there. Tasks of a stage are independent; a stage starts when the stage 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -34,7 +34,7 @@ from pipelines.training import (
 )
 from pipelines.work import ChannelWork, Report, Task
 
-__all__ = ["Progress", "Silent", "index", "plan"]
+__all__ = ["Progress", "Silent", "extract", "index", "plan"]
 
 T = TypeVar("T", bound=Task)
 
@@ -80,20 +80,32 @@ class Silent:
 
 def index(config: Config, progress: Progress | None = None) -> Manifest:
     """Build what is missing, gate it, publish it. Returns the published manifest, which may be the one before."""
-    progress = progress or Silent()
+    check_ground_truth(config)
+    with _begun(config, "cbir index", progress or Silent()) as (run, shards, works):
+        candidate = run.evaluate(run.build(shards, works))
+        run.progress.stage("publish", None)
+        return Versions(run.store).publish(candidate)
+
+
+def extract(config: Config, progress: Progress | None = None) -> dict[str, list[Extracted]]:
+    """The features of all shards by channel, extracted where they are missing; nothing is trained or published."""
+    with _begun(config, "cbir extract", progress or Silent()) as (run, shards, works):
+        return run.extract(shards, works)
+
+
+@contextlib.contextmanager
+def _begun(
+    config: Config, owner: str, progress: Progress
+) -> Iterator[tuple["_Run", list[ImageShard], list[ChannelWork]]]:
+    """A run with its workers and its lease, its shards and its channels."""
     store = open_store(config.store)
     progress.stage("plan", None)
-    check_ground_truth(config)
     store.probe()
     shards = plan(config)
     works = [channel_work(store, config, name) for name in config.channels]
     progress.stage("workers", None)
-    with lease(store, "cbir index"), contextlib.closing(executor_for(config)) as executor:
-        run = _Run(config, store, executor, progress)
-        built = run.build(shards, works)
-        candidate = run.evaluate(built)
-        progress.stage("publish", None)
-        return Versions(store).publish(candidate)
+    with lease(store, owner), contextlib.closing(executor_for(config)) as executor:
+        yield _Run(config, store, executor, progress), shards, works
 
 
 def plan(config: Config) -> list[ImageShard]:
@@ -119,18 +131,7 @@ class _Run:
 
     def build(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> Built:
         """Every stage from `extract` to `merge`."""
-        config = self.config
-        tasks = [ExtractTask.of(shard, work, config) for work in works for shard in shards]
-        dones = self._stage("extract", tasks, config.pools.extract, check=self._check_quarantine)
-        self._check_quarantine(dones, least=1)
-        extracted = {
-            work.name: [
-                Extracted(task.shard.name, work.name, done)
-                for task, done in zip(tasks, dones, strict=True)
-                if task.work.name == work.name
-            ]
-            for work in works
-        }
+        config, extracted = self.config, self.extract(shards, works)
         trains = self._trains(works, extracted)
         builds = self._builds(works, extracted, trains)
         totals = self._totals(works, builds)
@@ -144,9 +145,23 @@ class _Run:
         counts = checked_counts(extracted[works[0].name], catalogs)
         channels = {work.name: channel_layout(work, trains[work.name], backgrounds.get(work.name)) for work in works}
         partitions = tuple(partition(b, c, merges) for b, c in zip(bounds, catalogs, strict=True))
-        records = [*dones, *trains.values(), *catalogs, *(done for parts in builds.values() for done in parts)]
+        records = [*(part.done for part in everything), *trains.values(), *catalogs, *itertools.chain(*builds.values())]
         records += [*totals.values(), *merges.values(), *backgrounds.values()]
         return Built(Layout(channels, partitions), records, works, counts, builds, trains)
+
+    def extract(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> dict[str, list[Extracted]]:
+        """The features of every shard, by channel; DataError if too many images have none."""
+        tasks = [ExtractTask.of(shard, work, self.config) for work in works for shard in shards]
+        dones = self._stage("extract", tasks, self.config.pools.extract, check=self._check_quarantine)
+        self._check_quarantine(dones, least=1)
+        return {
+            work.name: [
+                Extracted(task.shard.name, work.name, done)
+                for task, done in zip(tasks, dones, strict=True)
+                if task.work.name == work.name
+            ]
+            for work in works
+        }
 
     def _trains(self, works: Sequence[ChannelWork], extracted: Mapping[str, Sequence[Extracted]]) -> dict[str, Done]:
         """Trained channels; a sample is drawn only for those that are not trained yet."""
