@@ -21,11 +21,13 @@ EPSILON = 1e-6
 @dataclass(frozen=True)
 class Embedded:
     """Postings of a batch: `images` (n,) positions in the batch, rising; `words` (n,) int32, rising within an image;
-    `vectors` (n, D) float32 (residuals, unit or not) or (n, 1) (counts)."""
+    `vectors` (n, D) float32 (residuals, unit or not) or (n, 1) (counts); `rows` (n,) the features of the batch that
+    they are of, where every feature stands for itself."""
 
     images: Int64s
     words: Int32s
     vectors: Floats
+    rows: Int64s | None = None
 
     def with_vectors(self, vectors: Floats) -> "Embedded":
         """The same postings with other vectors."""
@@ -37,7 +39,7 @@ def single(batch: FeatureBatch, words: Int32s, centroids: Floats) -> Embedded:
     owners, rows, flat = _assignments(batch, words)
     order = np.lexsort((rows, flat, owners))
     residuals = batch.descriptors[rows[order]].astype(np.float32) - centroids[flat[order]]
-    return Embedded(owners[order], flat[order], residuals)
+    return Embedded(owners[order], flat[order], residuals, rows[order])
 
 
 def aggregated(batch: FeatureBatch, words: Int32s, centroids: Floats) -> Embedded:

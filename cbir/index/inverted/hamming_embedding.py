@@ -10,7 +10,7 @@ from cbir.encoding.vocabulary import Vocabulary
 from cbir.errors import DataError
 from cbir.index.inverted.embedding import Embedded, single
 from cbir.index.inverted.inverted import InvertedSpec, Phi
-from cbir.index.inverted.kernels import BinaryKernel, MatchKernel
+from cbir.index.inverted.kernels import BinaryKernel, ConsistentKernel, MatchKernel
 from cbir.types import FeatureBatch, Floats, Int32s, State
 
 __all__ = ["HammingEmbedding"]
@@ -22,6 +22,8 @@ class HammingEmbedding(InvertedSpec):
     count exp(-h^2 / (2 sigma^2)).
 
     `sigma: 0` counts every match as one. `burst` damps repeated structures inside an image (Jégou et al. 2009).
+    `geometry` is weak geometric consistency (WGC), inside the index: of what the matches of an image count, only the
+    part that agrees on one turn and one change of scale is added up.
     """
 
     name: Literal["he"] = "he"
@@ -37,6 +39,11 @@ class HammingEmbedding(InvertedSpec):
     )
     sigma: NonNegativeFloat = Field(default=16.0, description="width of the weighting; 0: every match counts one")
     burst: bool = Field(default=False, description="damp matches of one query feature with many features of an image")
+    geometry: bool = Field(
+        default=False,
+        description="weak geometric consistency: keep two more bytes of a feature, its angle and scale, and score an "
+        "image by matches that agree on them",
+    )
 
     def code_dim(self, dim: int) -> int:
         """The bits."""
@@ -48,7 +55,8 @@ class HammingEmbedding(InvertedSpec):
         """A table over Hamming distances."""
         distances = np.arange(dim + 1)
         weights = np.exp(-(distances**2) / (2 * self.sigma**2)) if self.sigma else np.ones(dim + 1)
-        return BinaryKernel(np.where(distances <= self.threshold, weights, 0.0), burst=self.burst)
+        kernel = ConsistentKernel if self.geometry else BinaryKernel
+        return kernel(np.where(distances <= self.threshold, weights, 0.0), burst=self.burst)
 
     def fit(self, vocabulary: Vocabulary, sample: FeatureBatch, seed: int) -> State:
         """`projection` (bits, D), rows of Q of a Gaussian matrix, and `medians` (W, bits) of each word's features."""

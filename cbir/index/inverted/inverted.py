@@ -1,11 +1,12 @@
 """The inverted file (Sivic and Zisserman 2003): visual word -> images, with one match kernel for all methods.
 
-Entries are postings: `image_id`, `word` and `code`. Weights of words come from the totals over all shards; a partition
-holds its images' postings of all words, in one file or in several of a range of words each, which gives the same
-scores.
+Entries are postings: `image_id`, `word` and `code`, and where a method looks at geometry `angle` and `scale`. Weights
+of words come from the totals over all shards; a partition holds its images' postings of all words, in one file or in
+several of a range of words each, which gives the same scores.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,18 +17,22 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cbir.encoding.kmeans import Sums
 from cbir.encoding.vocabulary import AssignerName, Begun, Vocabulary, in_rounds
+from cbir.errors import ArtifactError
 from cbir.index.dense import code_column, codes_of, float_rows, stored_order
 from cbir.index.index import Index, IndexSpec
+from cbir.index.inverted.consistency import NUM_COLUMNS, coded_geometry
 from cbir.index.inverted.embedding import Embedded, binarised
-from cbir.index.inverted.kernels import MatchKernel
+from cbir.index.inverted.kernels import ConsistentKernel, MatchKernel
 from cbir.index.inverted.partition import InvertedPartition, group_starts, rounded
 from cbir.index.inverted.postings import Slice, read_slice
 from cbir.index.inverted.scoring import encode_gaps
-from cbir.types import Array, FeatureBatch, Floats, Int32s, Int64s, State
+from cbir.types import Array, FeatureBatch, Floats, Int32s, Int64s, Pixels, State
 
 __all__ = ["InvertedIndex", "InvertedSpec", "Phi"]
 
 Float64s = npt.NDArray[np.float64]
+
+_GEOMETRY = ("angle", "scale")
 
 Phi = Callable[[FeatureBatch, Int32s], Embedded]
 """(features, their words (K, m)) -> postings."""
@@ -146,12 +151,20 @@ class InvertedSpec(IndexSpec):
 
     def load(self, *paths: Path) -> "InvertedPartition":
         """Open a partition from the files of its ranges of words, memory-mapped."""
-        return InvertedPartition(self.kernel, [read_slice(path) for path in paths])
+        slices = [read_slice(path) for path in paths]
+        for path, part in zip(paths, slices, strict=True):
+            if isinstance(self.kernel(part.dim), ConsistentKernel) and part.geometry.shape[1] != NUM_COLUMNS:
+                raise ArtifactError(
+                    f"{path}: its postings have no angles and scales, so it was made with geometry: false; index "
+                    "again, or search it with geometry: false"
+                )
+        return InvertedPartition(self.kernel, slices)
 
     def entry_bytes(self, dim: int) -> int:
-        """The code, and about two bytes to say which image it belongs to."""
+        """The code and the geometry, and about two bytes to say which image it belongs to."""
         kernel = self.kernel(self.code_dim(dim))
-        return kernel.width * np.dtype(kernel.dtype).itemsize + 2
+        geometry = NUM_COLUMNS if isinstance(kernel, ConsistentKernel) else 0
+        return kernel.width * np.dtype(kernel.dtype).itemsize + geometry + 2
 
     def word_weights(self, images: int, word_images: Int64s) -> Float64s:
         """w_c (W,): ln(N / n)^2 with `idf`, else 1; 1 for a word that no image has, which nothing can match."""
@@ -180,17 +193,22 @@ class InvertedIndex(Index):
         return {**self.vocabulary.state(), **{f"own.{name}": array for name, array in self.own.items()}}
 
     def entries(self, batch: FeatureBatch) -> pa.Table:
-        """One row per posting: image_id int64, word int32, code fixed_size_binary; by image, then word."""
-        embedded = self._phi(*self._assigned(batch, self.spec.assignments))
+        """One row per posting: image_id int64, word int32, code fixed_size_binary, and where the kernel looks at them
+        angle and scale uint8; by image, then word."""
+        batch, words = self._assigned(batch, self.spec.assignments)
+        embedded = self._phi(batch, words)
         codes = self.kernel.code(embedded.vectors)
-        return self._table(batch.image_ids[embedded.images], embedded.words, codes)
-
-    def _table(self, image_ids: Int64s, words: Int32s, codes: Array) -> pa.Table:
-        columns = [pa.array(image_ids), pa.array(words), code_column(codes)]
-        kinds = [pa.int64(), pa.int32(), columns[2].type]
-        names = ["image_id", "word", "code"]
-        fields = [pa.field(name, kind, nullable=False) for name, kind in zip(names, kinds, strict=True)]
-        return pa.table(columns, schema=pa.schema(fields, metadata={"code": np.dtype(self.kernel.dtype).name}))
+        columns = {
+            "image_id": pa.array(batch.image_ids[embedded.images]),
+            "word": pa.array(embedded.words),
+            "code": code_column(codes),
+        }
+        if self._consistent:
+            geometry = coded_geometry(batch.geometry[embedded.rows])
+            columns |= {name: pa.array(column) for name, column in zip(_GEOMETRY, geometry.T, strict=True)}
+        fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+        metadata = {"code": np.dtype(self.kernel.dtype).name}
+        return pa.table(list(columns.values()), schema=pa.schema(fields, metadata=metadata))
 
     def _assigned(self, batch: FeatureBatch, num: int) -> tuple[FeatureBatch, Int32s]:
         """The strongest features, as far as they are near to a word, with their nearest words (K, num)."""
@@ -213,12 +231,14 @@ class InvertedIndex(Index):
         return self._last[2]
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
-        """The postings of the queries: codes as descriptors, and their words."""
-        embedded = self._query_phi(*self._assigned(batch, self.spec.query_assignments))
+        """The postings of the queries: codes as descriptors, their words, and if the kernel looks at it their features'
+        geometry."""
+        batch, words = self._assigned(batch, self.spec.query_assignments)
+        embedded = self._query_phi(batch, words)
         offsets = np.searchsorted(embedded.images, np.arange(len(batch) + 1)).astype(np.int64)
-        return FeatureBatch(
-            batch.image_ids, offsets, self.kernel.code(embedded.vectors), sizes=batch.sizes, words=embedded.words
-        )
+        codes = self.kernel.code(embedded.vectors)
+        queries = FeatureBatch(batch.image_ids, offsets, codes, sizes=batch.sizes, words=embedded.words)
+        return replace(queries, geometry=batch.geometry[embedded.rows]) if self._consistent else queries
 
     def signatures(self, batch: FeatureBatch, num: int = 1) -> FeatureBatch:
         """Every feature's `num` nearest words and the signs of its residuals to them, packed; rows stay in order.
@@ -255,6 +275,10 @@ class InvertedIndex(Index):
     def _counts(self) -> bool:
         return self.kernel.dtype is np.uint16
 
+    @property
+    def _consistent(self) -> bool:
+        return isinstance(self.kernel, ConsistentKernel)
+
     def piece(self, entries: pa.Table, number: int) -> pa.Table:
         """The postings of the words of range number `number`."""
         edges = [self.spec.words * n // self.spec.word_ranges for n in (number, number + 1)]
@@ -268,8 +292,9 @@ class InvertedIndex(Index):
     def _slice(self, entries: pa.Table, totals: State) -> Slice:
         ids, words = entries.column("image_id").to_numpy(), entries.column("word").to_numpy()
         codes = codes_of(entries, self.kernel.dtype, self.kernel.width)
-        order = stored_order(words, ids, codes)
-        words, codes = words[order], np.ascontiguousarray(codes[order])
+        geometry = self._geometry(entries)
+        order = stored_order(words, ids, np.hstack([codes, geometry]) if self._consistent else codes)
+        words, codes, geometry = words[order], np.ascontiguousarray(codes[order]), geometry[order]
         image_ids, numbers = np.unique(ids, return_inverse=True)
         numbers = numbers[order].astype(np.int64)
         images = int(totals["images"][0])
@@ -279,8 +304,14 @@ class InvertedIndex(Index):
         kinds, firsts = np.unique(words, return_index=True)
         starts = np.append(firsts, len(words)).astype(np.int64)
         gaps, begins = encode_gaps(numbers, starts)
-        columns = image_ids, masses, kinds.astype(np.int32), starts, begins, gaps, codes, weights
+        columns = image_ids, masses, kinds.astype(np.int32), starts, begins, gaps, codes, geometry, weights
         return Slice(*columns, mean_length, self._dim)
+
+    def _geometry(self, entries: pa.Table) -> Pixels:
+        """Angle and scale of the entries (n, 2), or (n, 0)."""
+        if not self._consistent:
+            return np.empty((entries.num_rows, 0), np.uint8)
+        return np.stack([entries.column(name).to_numpy() for name in _GEOMETRY], axis=1)
 
     def _masses(self, numbers: Int64s, words: Int32s, codes: Array, weights: Float64s, num_images: int) -> Float64s:
         """What the groups of postings of one image and word add to the mass of each image."""

@@ -7,12 +7,14 @@ without gamma. The phi of a method says what a posting holds (`embedding`): one 
 feature. Its sigma says how two of them compare, and is what this file has.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from cbir.index.inverted.consistency import Asked, Stored, peaks, vote, windows
 from cbir.index.inverted.embedding import binarised, unit_rows
 from cbir.index.inverted.postings import Slice
 from cbir.index.inverted.scoring import (
@@ -24,11 +26,12 @@ from cbir.index.inverted.scoring import (
     score_counts,
     score_float,
 )
-from cbir.types import Array, Floats, Int32s, Int64s
+from cbir.types import Array, Floats, Int32s, Int64s, Pixels
 
 __all__ = [
     "BinaryKernel",
     "Bm25Kernel",
+    "ConsistentKernel",
     "CountKernel",
     "FloatKernel",
     "Images",
@@ -42,11 +45,13 @@ Float64s = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class QueryRows:
-    """The postings of a query: where their words stand in a slice (-1: not there), the words' weights, the codes."""
+    """The postings of a query: where their words stand in a slice (-1: not there), the words' weights, the codes, and
+    the geometry (n, 2), or (n, 0) where the kernel does not look at it."""
 
     slots: Int64s
     weights: Float64s
     codes: Array
+    geometry: Pixels
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,29 @@ class BinaryKernel:
     def final(self, scores: Float64s, own: float, others: Float64s) -> Float64s:
         """With gamma, if that is wanted."""
         return _normalised(scores, own, others) if self.normalise else scores
+
+
+@dataclass(frozen=True)
+class ConsistentKernel(BinaryKernel):
+    """The same, but only matches that agree on a turn and a change of scale count (weak geometric consistency)."""
+
+    def votes(self, asked: Sequence[tuple[QueryRows, Slice, Int32s]], num_images: int) -> Float64s:
+        """S' (N,) of all images of a partition: for each slice the query's rows in it, and the numbers of its images in
+        the partition. In place of `score`."""
+        calls = [
+            (
+                Asked(rows.slots, rows.weights, np.ascontiguousarray(rows.codes).view(np.uint64), rows.geometry),
+                Stored(numbers, part.starts, part.begins, part.gaps, part.codes.view(np.uint64), part.geometry),
+                np.zeros((len(rows.slots), 3), np.int64),
+            )
+            for rows, part, numbers in asked
+        ]
+        scores = [np.zeros(0)]
+        for window in windows(num_images):
+            for query, stored, cursors in calls:
+                vote(window, query, stored, cursors, self.table, self.burst)
+            scores.append(peaks(window))
+        return np.concatenate(scores)
 
 
 @dataclass(frozen=True)

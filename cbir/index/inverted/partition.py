@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cbir.errors import DataError
-from cbir.index.inverted.kernels import Images, MatchKernel, QueryRows
+from cbir.index.inverted.consistency import coded_geometry
+from cbir.index.inverted.kernels import ConsistentKernel, Images, MatchKernel, QueryRows
 from cbir.index.inverted.postings import Slice, write_slice
-from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s
+from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s, Pixels
 
 __all__ = ["InvertedPartition", "group_starts", "rounded"]
 
@@ -63,23 +64,32 @@ class InvertedPartition:
                 f"{self._kernel.width}; encode them with the index of the same version"
             )
         words, codes = queries.words, queries.descriptors
+        consistent = isinstance(self._kernel, ConsistentKernel)
+        geometry = coded_geometry(queries.geometry) if consistent else np.empty((len(words), 0), np.uint8)
         owned = [queries.rows(i) for i in range(len(queries))]
-        hits = [self._search(words[rows], codes[rows], depth) for rows in owned]
+        hits = [self._search(words[rows], codes[rows], geometry[rows], depth) for rows in owned]
         ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
         scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
         return Hits(np.concatenate(ids), np.concatenate(scores))
 
-    def _search(self, words: Int32s, codes: Array, depth: int) -> Hits:
+    def _search(self, words: Int32s, codes: Array, geometry: Pixels, depth: int) -> Hits:
         weights = self._slices[0].weights[words]
-        scores = np.zeros(len(self.image_ids))
-        for numbers, part in zip(self._numbers, self._slices, strict=True):
-            rows = QueryRows(part.slots(words), weights, codes)
-            self._kernel.score(rows, part, Images(scores, self._masses, numbers))
+        scores = self._scores([QueryRows(part.slots(words), weights, codes, geometry) for part in self._slices])
         scores[self._deleted] = 0.0
         starts = group_starts(np.zeros(len(words), np.int64), words)
         own = self._kernel.masses(starts, codes)
         own = own * weights[starts[:-1]] if self._kernel.weighted else own
         return self._best(self._kernel.final(scores, float(rounded(own).sum()), self._masses), depth)
+
+    def _scores(self, rows: Sequence[QueryRows]) -> Float64s:
+        """S' of every image (N,), for the rows of one query in every slice."""
+        asked = list(zip(rows, self._slices, self._numbers, strict=True))
+        if isinstance(self._kernel, ConsistentKernel):
+            return self._kernel.votes(asked, len(self.image_ids))
+        scores = np.zeros(len(self.image_ids))
+        for own, part, numbers in asked:
+            self._kernel.score(own, part, Images(scores, self._masses, numbers))
+        return scores
 
     def _best(self, scores: Float64s, depth: int) -> Hits:
         """The images with a score, best first."""

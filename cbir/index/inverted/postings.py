@@ -9,6 +9,8 @@ An Arrow IPC file with one row, whose columns are arrays (`pyarrow.ipc.open_file
     begins      list<int64>    (V + 1,) where the gaps of each word begin in `gaps`
     gaps        binary         image numbers of each word as gaps to the one before (the first: to 0), LEB128
     codes       binary         the codes of all postings, word by word, `code_bytes` (schema metadata) each
+    geometry    binary         angle and scale of all postings, a byte each (`consistency` says in which units); only in
+                               an index with `geometry: true`
     weights     list<double>   (W,) the weight of every word of the codebook, over the whole collection
     mean_length double         mean number of features of an image, over the whole collection
     dim         int32          D of the vectors that the codes stand for
@@ -23,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cbir.errors import ArtifactError
+from cbir.index.inverted.consistency import NUM_COLUMNS
 from cbir.types import Array, Int32s, Int64s, Pixels
 
 __all__ = ["Slice", "read_slice", "write_slice"]
@@ -43,7 +46,8 @@ _COLUMNS: Mapping[str, pa.DataType] = {
 
 @dataclass(frozen=True)
 class Slice:
-    """The postings of some words; the columns above as arrays, `codes` as (n, width), `starts` (V + 1,) into them."""
+    """The postings of some words; the columns above as arrays, `codes` as (n, width), `geometry` as (n, 2) or, without
+    any, (n, 0), `starts` (V + 1,) into them."""
 
     image_ids: Int64s
     masses: npt.NDArray[np.float64]
@@ -52,6 +56,7 @@ class Slice:
     begins: Int64s
     gaps: Pixels
     codes: Array
+    geometry: Pixels
     weights: npt.NDArray[np.float64]
     mean_length: float
     dim: int
@@ -78,8 +83,12 @@ def write_slice(path: Path, part: Slice) -> None:
         pa.array([part.mean_length]),
         pa.array([part.dim], pa.int32()),
     ]
+    columns = dict(_COLUMNS)
+    if part.geometry.shape[1]:
+        columns["geometry"] = pa.large_binary()
+        values.append(_binary(part.geometry))
     metadata = {"code_dtype": part.codes.dtype.name, "code_bytes": str(part.codes.shape[1] * part.codes.itemsize)}
-    fields = [pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()]
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
     schema = pa.schema(fields, metadata=metadata)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch(values, schema=schema))
@@ -118,10 +127,17 @@ def read_slice(path: Path) -> Slice:
         begins=_values(table, "begins"),
         gaps=_bytes(table, "gaps"),
         codes=codes,
+        geometry=_geometry(table, len(codes)),
         weights=_values(table, "weights"),
         mean_length=table.column("mean_length")[0].as_py(),
         dim=table.column("dim")[0].as_py(),
     )
+
+
+def _geometry(table: pa.Table, num: int) -> Pixels:
+    if "geometry" not in table.schema.names:
+        return np.empty((num, 0), np.uint8)
+    return _bytes(table, "geometry").reshape(num, NUM_COLUMNS)
 
 
 def _values(table: pa.Table, name: str) -> Array:

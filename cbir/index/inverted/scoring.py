@@ -21,6 +21,8 @@ __all__ = [
     "binary_masses",
     "encode_gaps",
     "float_masses",
+    "next_gap",
+    "num_ones",
     "score_binary",
     "score_binary_bursts",
     "score_bm25",
@@ -41,7 +43,7 @@ def _intrinsic_ones(_context: Any, value: Any) -> Any:
     return (types.uint64(types.uint64), generate) if value == types.uint64 else None
 
 
-_ones: Any = _intrinsic_ones
+num_ones: Any = _intrinsic_ones
 """As compiled functions see it: they pass the value alone."""
 
 
@@ -68,7 +70,7 @@ def encode_gaps(images: Int64s, starts: Int64s) -> tuple[Pixels, Int64s]:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _gap(coded: Pixels, at: Any) -> Any:
+def next_gap(coded: Pixels, at: Any) -> Any:
     """The gap that begins at a byte, and the byte after it."""
     byte = coded[at]
     at += 1
@@ -104,14 +106,14 @@ def score_binary(
         at, image, weight = begins[slot], np.int64(0), weights[row]
         first, second = codes[row, 0], codes[row, width - 1]
         for position in range(starts[slot], starts[slot + 1]):
-            gap, at = _gap(coded, at)
+            gap, at = next_gap(coded, at)
             image += gap
-            distance = _ones(first ^ stored[position, 0])
+            distance = num_ones(first ^ stored[position, 0])
             if width == 2:  # the usual 128 bits, without a loop
-                distance += _ones(second ^ stored[position, 1])
+                distance += num_ones(second ^ stored[position, 1])
             else:
                 for part in range(1, width):
-                    distance += _ones(codes[row, part] ^ stored[position, part])
+                    distance += num_ones(codes[row, part] ^ stored[position, part])
             scores[numbers[image]] += weight * table[distance]
 
 
@@ -137,11 +139,11 @@ def score_binary_bursts(
         at, image, weight = begins[slot], np.int64(0), weights[row]
         last, mass, total = np.int64(-1), 0.0, 0.0
         for position in range(starts[slot], starts[slot + 1]):
-            gap, at = _gap(coded, at)
+            gap, at = next_gap(coded, at)
             image += gap
             distance = np.uint64(0)
             for part in range(codes.shape[1]):
-                distance += _ones(codes[row, part] ^ stored[position, part])
+                distance += num_ones(codes[row, part] ^ stored[position, part])
             similarity = table[distance]
             if image != last:
                 if total > 0.0:
@@ -183,7 +185,7 @@ def score_float(
             continue
         at, image, weight = begins[slot], np.int64(0), weights[row]
         for position in range(starts[slot], starts[slot + 1]):
-            gap, at = _gap(coded, at)
+            gap, at = next_gap(coded, at)
             image += gap
             u = np.float64(_dot(vectors[row], stored[position]))
             if u < tau:
@@ -211,7 +213,7 @@ def score_counts(
             continue
         at, image = begins[slot], np.int64(0)
         for position in range(starts[slot], starts[slot + 1]):
-            gap, at = _gap(coded, at)
+            gap, at = next_gap(coded, at)
             image += gap
             count = np.float64(stored[position, 0])
             scores[numbers[image]] += weights[row] * (math.sqrt(count) if root else count)
@@ -237,7 +239,7 @@ def score_bm25(
             continue
         at, image = begins[slot], np.int64(0)
         for position in range(starts[slot], starts[slot + 1]):
-            gap, at = _gap(coded, at)
+            gap, at = next_gap(coded, at)
             image += gap
             count = np.float64(stored[position, 0])
             number = numbers[image]
@@ -254,7 +256,7 @@ def binary_masses(starts: Int64s, codes: npt.NDArray[np.uint64], table: Float64s
             for right in range(starts[group], starts[group + 1]):
                 distance = np.uint64(0)
                 for part in range(codes.shape[1]):
-                    distance += _ones(codes[left, part] ^ codes[right, part])
+                    distance += num_ones(codes[left, part] ^ codes[right, part])
                 plain += table[distance]
                 if burst and table[distance] > 0.0:
                     damped += table[distance] * math.sqrt(table[distance])

@@ -15,8 +15,9 @@ def local_features(num_images: int, seed: int, most: int = 25) -> FeatureBatch:
     counts = rng.integers(0, most, num_images)
     counts[:2] = 0, most
     rows = CENTRES[rng.integers(0, 30, counts.sum())] + 0.4 * rng.normal(size=(counts.sum(), DIM))
-    geometry = np.column_stack([rng.uniform(0, 400, (len(rows), 2)), rng.uniform(2, 30, len(rows)), 0 * rows[:, 0]])
+    places, sizes = rng.uniform(0, 400, (len(rows), 2)), rng.uniform(2, 30, len(rows))
     ids = (10**12 + 3 * rng.permutation(num_images)).astype(np.int64)
+    geometry = np.column_stack([places, sizes, rng.uniform(0, 360, len(rows))])
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return FeatureBatch(ids, offsets, rows.astype(np.float32), geometry.astype(np.float32))
 

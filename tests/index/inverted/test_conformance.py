@@ -17,7 +17,7 @@ from cbir.types import FeatureBatch, Hits
 from tests.index.inverted.features import DIM, SEED, assert_same, local_features
 
 INDEXES = {name: spec for name, spec in methods("index").items() if spec.local}
-VARIANTS = {"binary": False, "idf": True, "burst": True, "naive": True, "root": True}
+VARIANTS = {"binary": False, "geometry": True, "idf": True, "burst": True, "naive": True, "root": True}
 DEPTH = 12
 WORDS = 16
 
@@ -76,9 +76,10 @@ def test_every_field_is_described_and_the_configuration_is_its_own_yaml(spec):
     assert TypeAdapter(one_of("index")).validate_python(spec.model_dump()) == spec
 
 
-def test_entries_are_plain_postings_that_do_not_depend_on_the_batch(index, batch):
+def test_entries_are_plain_postings_that_do_not_depend_on_the_batch(index, spec, batch):
     table = index.entries(batch)
-    assert table.column_names == ["image_id", "word", "code"]
+    geometry = ["angle", "scale"] if getattr(spec, "geometry", False) else []
+    assert table.column_names == ["image_id", "word", "code", *geometry]
     assert not any(column.null_count for column in table.columns)
     assert set(table.column("word").to_pylist()) <= set(range(WORDS))
     apart = pa.concat_tables([index.entries(batch.take(np.array([n]))) for n in range(len(batch))])
