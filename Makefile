@@ -20,7 +20,7 @@ install: $(INSTALLED) ## create .venv with the pinned dependencies (again when t
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, a few minutes the first time ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,openvino]'
 	@touch $@
 
 demo: demo/ground_truth.csv ## index, search and measure a small collection of real photographs, in a minute or two

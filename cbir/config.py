@@ -87,7 +87,7 @@ class Channel(Spec):
     extractor: Extractor
     """From pixels to features."""
     mask: Mask | None = None
-    """What of an image is wanted, of queries too: local features elsewhere are dropped."""
+    """What of an image is wanted, of queries too: local features elsewhere are dropped, maps count less there."""
     proposer: Proposer | None = None
     """Which boxes of an indexed image may be objects, for encoders and indexes that look at regions."""
     encoders: tuple[Encoder, ...] = ()
@@ -104,21 +104,19 @@ class Channel(Spec):
 
     @property
     def assets(self) -> dict[str, str]:
-        """Files that it needs: those of the extractor by field, of mask and proposer by `mask.field`."""
-        methods = {"": self.extractor, "mask.": self.mask, "proposer.": self.proposer}
-        return {
-            prefix + field: uri
-            for prefix, method in methods.items()
-            if method is not None
-            for field, uri in method.assets.items()
-        }
+        """Files that it needs: those of the extractor by field, of its parts by `extractor.part.field`, of mask and
+        proposer by `mask.field`."""
+        files = {f"extractor.{field}" if "." in field else field: uri for field, uri in self.extractor.assets.items()}
+        more = [method for method in (self.mask, self.proposer) if method is not None]
+        return files | {f"{method.role}.{field}": uri for method in more for field, uri in method.assets.items()}
 
     def describer(self, device: str, assets: Mapping[str, Path], *, regions: bool = True) -> Describer:
         """What makes its features of decoded images, on a torch device, with its assets as local files.
 
         Without `regions`, as for queries, nothing is proposed, and the assets of the proposer are not needed.
         """
-        extractor = self.extractor.build(device, assets_of("extractor", assets))
+        spec = self.extractor if regions else self.extractor.for_queries
+        extractor = spec.build(device, assets_of("extractor", assets))
         mask, proposer = self.mask, self.proposer if regions else None
         return Describer(
             extractor,
@@ -129,11 +127,13 @@ class Channel(Spec):
 
     @model_validator(mode="after")
     def _masks_and_regions_are_of_local_features(self) -> Self:
-        for place, method in (("mask", self.mask), ("proposer", self.proposer)):
+        mask = None if self.extractor.weighs_places else self.mask
+        for place, method in (("mask", mask), ("proposer", self.proposer)):
             if method is not None and not self.extractor.local:
                 raise ValueError(
                     f"{place}: needs local features, but {self.extractor.name} has one descriptor per image; "  # type: ignore[attr-defined]
                     "remove it, or use a local extractor such as sift"
+                    f"{', or deep with a pooling that weighs places' if place == 'mask' else ''}"
                 )
         readers: dict[str, EncoderSpec | IndexSpec] = {"index": self.index}
         readers |= {f"encoders.{position}": encoder for position, encoder in enumerate(self.encoders)}
@@ -174,8 +174,9 @@ class Channel(Spec):
 
 def assets_of(role: str, assets: Mapping[str, T]) -> dict[str, T]:
     """Those of the extractor, mask or proposer by field, of assets that are named as by `Channel.assets`."""
-    prefix = "" if role == "extractor" else f"{role}."
-    return {name[len(prefix) :]: asset for name, asset in assets.items() if name.rpartition(".")[0] == prefix[:-1]}
+    fields = {name: asset for name, asset in assets.items() if "." not in name and role == "extractor"}
+    prefix = f"{role}."
+    return fields | {name[len(prefix) :]: asset for name, asset in assets.items() if name.startswith(prefix)}
 
 
 class Search(Spec):

@@ -374,11 +374,25 @@ class TestRegionsAndMasks:
         assert assets_of("mask", assets) == {"weights": 2}
         assert assets_of("proposer", assets) == {"weights": 3, "more": 4}
 
+    def test_the_files_of_an_extractors_parts_are_its_own(self) -> None:
+        pooling = {"name": "netvlad", "weights": "a/words.safetensors"}
+        extractor = {**DEEP, "weights": "a/net.pth", "pooling": pooling}
+        config = parse_config(fused(channels={"whole": {**GLOBAL, "extractor": extractor}, "parts": LOCAL}), "my.yaml")
+        named = config.channels["whole"].assets
+        assert named == {"weights": "a/net.pth", "extractor.pooling.weights": "a/words.safetensors"}
+        assert assets_of("extractor", named) == {"weights": "a/net.pth", "pooling.weights": "a/words.safetensors"}
+
     @pytest.mark.parametrize("place", ["proposer", "mask"])
     def test_need_local_features(self, place: str) -> None:
         methods = {"proposer": {"name": "grid"}, "mask": {"name": "segmentation", "model": "x", "weights": "none"}}
-        data = fused(channels={"whole": {**GLOBAL, place: methods[place]}, "parts": LOCAL})
+        directions = {**DEEP, "pooling": {"name": "netvlad", "weights": "none"}}
+        data = fused(channels={"whole": {**GLOBAL, "extractor": directions, place: methods[place]}, "parts": LOCAL})
         assert f"channels.whole.{place}: needs local features, but deep has one descriptor" in message_of(data)
+
+    def test_a_mask_may_weigh_the_places_of_maps(self) -> None:
+        mask = {"name": "segmentation", "model": "x", "weights": "none"}
+        config = parse_config(fused(channels={"whole": {**GLOBAL, "mask": mask}, "parts": LOCAL}), "my.yaml")
+        assert config.channels["whole"].mask is not None
 
     def test_an_encoder_of_regions_needs_a_proposer(self) -> None:
         found = message_of(self.settings(encoders=[{"name": "per_region", "encoder": {"name": "vlad"}}]))

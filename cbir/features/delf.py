@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import NonNegativeFloat, model_validator
 
 from cbir.features.extractor import Extractor
-from cbir.features.local_maps import LocalMapsSpec
+from cbir.features.local_maps import StageSpec
 from cbir.features.weights import is_file, local_path
 
 __all__ = ["Delf"]
@@ -15,7 +15,7 @@ __all__ = ["Delf"]
 TRAINED_THRESHOLD = 100.0
 
 
-class Delf(LocalMapsSpec):
+class Delf(StageSpec):
     """DELF (Noh et al. 2017): l2-normalised places of a map, float32, by falling attention; reduce them with `pca`.
 
     `attention` is a file with the attention's two layers, 1 x 1 convolutions with a ReLU between and a softplus after

@@ -1,9 +1,9 @@
-"""From decoded images to the features of a channel: the extractor's, without what a mask drops, with regions."""
+"""From decoded images to the features of a channel: the extractor's, of what a mask wants, with regions."""
 
 from dataclasses import dataclass, replace
 
-from cbir.features.extractor import Extractor
-from cbir.features.masks.mask import Masker, drop_masked
+from cbir.features.extractor import Extractor, MaskedExtractor
+from cbir.features.masks.mask import Masker, drop_masked, usable_masks
 from cbir.features.regions.proposer import Proposer
 from cbir.types import FeatureBatch, ImageBatch
 
@@ -21,7 +21,14 @@ class Describer:
 
     def describe(self, batch: ImageBatch) -> FeatureBatch:
         """The features of every image, with the sizes of the originals; `regions` are None without a proposer."""
-        features = replace(self.extractor.extract(batch), sizes=batch.sizes)
-        if self.masker is not None:
-            features = drop_masked(features, self.masker.masks(batch), self.threshold)
+        features = replace(self._extracted(batch), sizes=batch.sizes)
         return features if self.proposer is None else replace(features, regions=self.proposer.propose(batch))
+
+    def _extracted(self, batch: ImageBatch) -> FeatureBatch:
+        if self.masker is None:
+            return self.extractor.extract(batch)
+        masks = self.masker.masks(batch)
+        if isinstance(self.extractor, MaskedExtractor):
+            return self.extractor.extract_masked(batch, usable_masks(batch.image_ids, masks, self.threshold))
+        features = replace(self.extractor.extract(batch), sizes=batch.sizes)
+        return drop_masked(features, masks, self.threshold)

@@ -1,14 +1,14 @@
 """The role of an extractor: decoded images in, features out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from cbir.images import View
 from cbir.spec import Method
-from cbir.types import FeatureBatch, ImageBatch
+from cbir.types import FeatureBatch, Floats, ImageBatch
 
-__all__ = ["Extractor", "ExtractorSpec"]
+__all__ = ["Extractor", "ExtractorSpec", "MaskedExtractor"]
 
 
 class Extractor(Protocol):
@@ -19,12 +19,36 @@ class Extractor(Protocol):
         ...
 
 
+@runtime_checkable
+class MaskedExtractor(Extractor, Protocol):
+    """A working extractor that can weigh the places of an image by a mask, rather than drop features."""
+
+    def extract_masked(self, batch: ImageBatch, masks: Sequence[Floats]) -> FeatureBatch:
+        """The same by masks (h, w) from 0 to 1, one per image, each stretched over the whole image."""
+        ...
+
+
 class ExtractorSpec(Method):
     """Configuration of an extractor."""
 
     role: ClassVar[str] = "extractor"
     local: ClassVar[bool] = False
     """Whether an image has many features, with a geometry each, rather than one descriptor."""
+
+    @property
+    def weighs_places(self) -> bool:
+        """Whether what it builds is a `MaskedExtractor`."""
+        return False
+
+    @property
+    def rows_are_regions(self) -> bool:
+        """Whether it makes a row of every region of an image, the first of the whole image."""
+        return False
+
+    @property
+    def for_queries(self) -> Self:
+        """The extractor of queries: the same, unless it proposes regions in indexed images only."""
+        return self
 
     @property
     def view(self) -> View:

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cbir.features.extractor import Extractor
-from cbir.features.local_maps import LocalMapsSpec
+from cbir.features.local_maps import StageSpec
 from cbir.features.weights import local_path
 
 __all__ = ["How"]
 
 
-class How(LocalMapsSpec):
+class How(StageSpec):
     """HOW (Tolias et al. 2020): places of a map, averaged over 3 x 3, float32, by falling l2 norm before averaging.
 
     The rows are neither centred nor normalised: HOW whitens them (`pca` with 128 dimensions and `whiten`) and matches

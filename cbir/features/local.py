@@ -15,8 +15,9 @@ from cbir.features.detectors.detector import DetectorSpec
 from cbir.features.extractor import ExtractorSpec
 from cbir.features.keypoints import by_strength, geometry_of, in_original_pixels, strongest_first
 from cbir.features.orientation import with_dominant_angles
+from cbir.features.weights import files_of, identity_without_files
 from cbir.images import View
-from cbir.spec import Method, one_of
+from cbir.spec import one_of
 from cbir.types import Array, FeatureBatch, Floats, ImageBatch, Pixels
 
 if TYPE_CHECKING:
@@ -77,17 +78,13 @@ class Local(ExtractorSpec):
         """Fields and versions of all three; files enter by their content, not by their path."""
         return {
             **super().identity(),
-            "detector": _identity_without_files(self.detector, self.detector.assets),
-            "descriptor": _identity_without_files(self.descriptor, self.descriptor.assets),
+            "detector": identity_without_files(self.detector, self.detector.assets),
+            "descriptor": identity_without_files(self.descriptor, self.descriptor.assets),
         }
 
     def build(self, device: str, assets: Mapping[str, Path]) -> "LocalExtractor":
         """Detector and descriptor on the device."""
         return LocalExtractor(self, device, assets)
-
-
-def _identity_without_files(method: Method, files: Mapping[str, str]) -> dict[str, Any]:
-    return {field: value for field, value in method.identity().items() if field not in files}
 
 
 class LocalExtractor:
@@ -96,8 +93,8 @@ class LocalExtractor:
     def __init__(self, spec: Local, device: str, assets: Mapping[str, Path]) -> None:
         self._spec = spec
         self._columns = 6 if spec.detector.affine else 4
-        self._detector = spec.detector.build(device, _files_of("detector.", assets), spec.max_features)
-        self._descriptor = spec.descriptor.build(device, _files_of("descriptor.", assets))
+        self._detector = spec.detector.build(device, files_of("detector", assets), spec.max_features)
+        self._descriptor = spec.descriptor.build(device, files_of("descriptor", assets))
         # Upright keypoints change between detection and description.
         self._one_pass = None if spec.upright else spec.descriptor.one_pass(spec.detector, spec.max_features)
 
@@ -152,7 +149,3 @@ class LocalExtractor:
 
     def _no_rows(self) -> Array:
         return np.empty((0, self._descriptor.dim), self._descriptor.dtype)
-
-
-def _files_of(prefix: str, assets: Mapping[str, Path]) -> dict[str, Path]:
-    return {name.removeprefix(prefix): path for name, path in assets.items() if name.startswith(prefix)}

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from cbir.errors import ConfigError
+from cbir.spec import Method
 
-__all__ = ["Sha256", "file_or_none", "is_file", "local_path", "present"]
+__all__ = ["Sha256", "file_or_none", "files_of", "identity_without_files", "is_file", "local_path", "present"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -40,3 +41,13 @@ def present(path: Path | None, field: str, source: str) -> Path | None:
     if path is not None and not path.is_file():
         raise ConfigError(f"{field}: there is no file {path}; get {source}, nothing is downloaded")
     return path
+
+
+def files_of(part: str, assets: Mapping[str, Path]) -> dict[str, Path]:
+    """The assets of one part of a method, that are named `part.field`, by their field."""
+    return {name.removeprefix(f"{part}."): path for name, path in assets.items() if name.startswith(f"{part}.")}
+
+
+def identity_without_files(part: Method, files: Mapping[str, str]) -> dict[str, Any]:
+    """Fields and version of one part of a method, but for its files, which count by their content, not their path."""
+    return {field: value for field, value in part.identity().items() if field not in files}

@@ -31,11 +31,22 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "delf": [{**TINY, "scales": (0.5, 1.0), "max_features": 20}],
     "how": [{**TINY, "scales": (0.5, 1.0)}, {**TINY, "backbone": "test_vit", "scales": (1.0,), "max_features": 20}],
+    "columns": [{**TINY, "layers": (-2,)}, {**TINY, "layers": (-2, -1), "max_features": 20}],
+    "ensemble": [{"members": [TINY, {**TINY, "backbone": "test_efficientnet", "size": 64}], "member_weights": (2, 1)}],
+    "multi_pass": [{"network": TINY}, {"network": TINY, "pool": "mean", "patches": {"name": "sliding_window"}}],
+    "patches": [{"network": TINY}],
     "deep": [
         TINY,
         {**TINY, "scales": (0.7071, 1.0, 1.4142)},
         {**TINY, "scales": (0.5, 1.0), "fit": "longest", "pooling": {"name": "mac"}},
         {**TINY, "backbone": "test_vit", "pooling": {"name": "spoc"}},
+        {**TINY, "layers": (-2, -1), "layer_weights": (1, 2), "scales": (0.7071, 1.0)},
+        {**TINY, "fit": "longest", "flip": True, "pooling": {"name": "rmac"}},
+    ],
+    "roi": [
+        {**TINY, "proposer": {"name": "grid", "levels": (1, 2)}},
+        {**TINY, "proposer": {"name": "selective_search"}, "rows": "sum", "pooling": {"name": "mac"}, "parts": 2},
+        {**TINY, "proposer": {"name": "mser", "whole": False}, "layers": (-3, -2, -1), "rows": "mean"},
     ],
 }
 
@@ -101,6 +112,10 @@ def test_features_are_as_declared(spec, extractor):
     if spec.local:
         assert features.geometry.shape[1] >= 4
         assert (features.counts > 0).all()
+    elif spec.rows_are_regions:
+        assert features.regions is not None
+        assert np.array_equal(features.offsets, features.regions.offsets)
+        assert features.geometry.shape[1] == 0
     else:
         assert (features.counts == 1).all()
         assert features.geometry.shape[1] == 0
@@ -127,7 +142,10 @@ def test_no_images_give_no_features_of_the_same_kind(extractor):
 
 def test_a_plain_grey_image_is_no_error(spec, extractor):
     features = extractor.extract(batch([GREY]))
-    assert features.counts[0] == (0 if spec.local else 1)
+    if spec.rows_are_regions:
+        assert features.counts[0] == len(features.regions.boxes) >= 1
+    else:
+        assert features.counts[0] == (0 if spec.local else 1)
     assert np.isfinite(features.descriptors).all()
     assert features.descriptors.shape[1] == extractor.extract(batch(PICTURES[:1])).descriptors.shape[1]
 

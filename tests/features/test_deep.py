@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from cbir.errors import ConfigError
 from cbir.features.deep import Deep
-from cbir.features.networks import descriptor
 from cbir.features.networks.backbone import Backbone
 from cbir.types import Floats, ImageBatch, Pixels
 
 TINY = {"backbone": "test_resnet", "weights": "none", "size": 64}
+NETVLAD = {"name": "netvlad", "weights": "none", "words": 4}
 
 
 def picture(height: int = 64, width: int = 64, seed: int = 0) -> Pixels:
@@ -139,13 +139,77 @@ def test_a_stretched_picture_of_another_size_is_resized_by_pillow():
     assert np.array_equal(descriptors([image]), descriptors([resized(image, 64, 64)]))
 
 
+@pytest.mark.parametrize("fields", [{}, {"fit": "longest", "scales": (0.7071, 1.0), "pooling": NETVLAD}])
+def test_flipped_descriptors_are_the_mean_with_the_mirror_image(fields):
+    image = picture(64, 48)
+    mirrored = np.ascontiguousarray(image[:, ::-1])
+    one, other = (descriptors([seen], **fields)[0].astype(np.float64) for seen in (image, mirrored))
+    found = descriptors([image, picture(seed=1), mirrored], flip=True, **fields)
+    assert np.allclose(found[0], (one + other) / np.linalg.norm(one + other), atol=1e-6)
+    assert np.array_equal(found[0], found[2])
+    assert not np.allclose(one, other, atol=1e-3)
+
+
+def masked(images: list[Pixels], masks: list[Floats], **fields: object) -> Floats:
+    extractor = Deep(**{**TINY, **fields}).build("cpu", {})
+    batch = ImageBatch(np.arange(len(images)), images, np.array([image.shape[:2] for image in images], np.int32))
+    return extractor.extract_masked(batch, masks).descriptors
+
+
+SCALED = {"fit": "longest", "scales": (0.7071, 1.0), "pooling": {"name": "mac"}, "flip": True}
+
+
+@pytest.mark.parametrize("fields", [{}, SCALED])
+def test_a_mask_of_ones_changes_nothing(fields):
+    images = [picture(64, 48), picture(48, 64, seed=1)]
+    ones = [np.ones((5, 7), np.float32), np.ones((64, 64), np.float32)]
+    assert masked(images, ones, **fields).tobytes() == descriptors(images, **fields).tobytes()
+
+
+def test_masked_places_are_not_in_the_mean():
+    """Spoc: the mean of the places, weighted by the means of the mask over what they cover."""
+    image, model = picture(), network(num_classes=0)
+    mask = np.random.default_rng(5).integers(0, 256, (64, 64)).astype(np.float32) / 255
+    mask[:, :32] = 0
+    with torch.inference_mode():
+        maps = model.forward_features((torch.from_numpy(image / 255).float().permute(2, 0, 1)[None] - 0.5) / 0.5)[0]
+    rows, columns = maps.shape[1:]
+    weights = mask.reshape(rows, 64 // rows, columns, 64 // columns).mean(axis=(1, 3))
+    expected = (maps.numpy() * weights).sum(axis=(1, 2))
+    found = masked([image], [mask], pooling={"name": "spoc"})[0]
+    assert np.allclose(found, expected / np.linalg.norm(expected), atol=1e-5)
+
+
+def test_a_mask_is_mirrored_with_its_image():
+    image, mask = picture(64, 48), np.float32([[1, 0, 0.2]])
+    mirrored = [np.ascontiguousarray(array[:, ::-1]) for array in (image, mask)]
+    one, other = masked([image, mirrored[0]], [mask, mirrored[1]], flip=True)
+    assert np.array_equal(one, other)
+    assert not np.allclose(one, masked([image], [mirrored[1]], flip=True)[0], atol=1e-3)
+
+
+def test_a_mask_needs_maps():
+    fields = {"backbone": "torchvision/alexnet", "layers": ["fc6"]}
+    with pytest.raises(ConfigError, match="mask: a fully connected layer has no places to weigh; remove the mask"):
+        masked([picture()], [np.ones((2, 2), np.float32)], **fields)
+
+
+def test_files_of_the_pooling_are_assets_and_count_by_their_content():
+    fields = {"backbone": "resnet18", "weights": "net.pth"}
+    spec = Deep(**fields, pooling={"name": "netvlad", "weights": "s3://models/words.safetensors"})
+    assert spec.assets == {"weights": "net.pth", "pooling.weights": "s3://models/words.safetensors"}
+    assert "weights" not in spec.identity()["pooling"]
+    assert spec.identity()["pooling"]["version"] == 1
+    assert Deep(**fields).assets == {"weights": "net.pth"}
+
+
 def test_full_passes_give_the_descriptors_of_single_images(monkeypatch):
     """The padding that an accelerator's passes get, on the CPU: 5 images of two shapes in passes of 4."""
     images = [picture(64, 64 - 8 * (i % 2), seed=i) for i in range(5)]
     extractor = Deep(**TINY, fit="longest", batch=4).build("cpu", {})
     batch = ImageBatch(np.arange(5), images, np.array([image.shape[:2] for image in images], np.int32))
     single = extractor.extract(batch).descriptors
-    monkeypatch.setattr(extractor, "_pass_size", 4)
+    monkeypatch.setattr(extractor.passes, "size", 4)
     assert np.allclose(extractor.extract(batch).descriptors, single, atol=1e-6)
 
 
@@ -307,7 +371,7 @@ def test_real_weights_give_the_descriptors_of_plain_timm(test_data):
 
 
 def test_passes_of_a_cpu_hold_one_image():
-    assert descriptor.DeepExtractor(Deep(**TINY), None, "cpu")._pass_size == 1
+    assert Deep(**TINY).build("cpu", {}).passes.size == 1
 
 
 def _stretched(path: Path) -> Pixels:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
+from cbir.features.deep import Deep
 from cbir.features.describer import Describer
 from cbir.features.regions.grid import Grid
 from cbir.features.sift import Sift
@@ -15,6 +17,12 @@ from tests.features.test_conformance import PICTURES, batch
 class LeftHalf:
     def masks(self, images: ImageBatch) -> list[np.ndarray]:
         return [np.array([[1, 0]], np.float32)] * len(images)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    def masks(self, images: ImageBatch) -> list[np.ndarray]:
+        return [np.zeros((3, 4), np.float32)] * len(images)
 
 
 SIFT = Sift(max_features=50).build("cpu", {})
@@ -44,3 +52,19 @@ def test_no_images():
     features = Describer(SIFT, LeftHalf(), 0.5, Grid().build("cpu", {})).describe(batch([]))
     assert len(features) == 0
     assert features.regions.boxes.shape == (0, 4)
+
+
+def test_the_mask_weighs_the_places_of_a_deep_extractor():
+    deep, images = Deep(backbone="test_resnet", weights="none", size=96).build("cpu", {}), batch(PICTURES)
+    masks = LeftHalf().masks(images)
+    found = Describer(deep, LeftHalf(), 0.5).describe(images)
+    assert found.descriptors.tobytes() == deep.extract_masked(images, masks).descriptors.tobytes()
+    assert found.descriptors.tobytes() != deep.extract(images).descriptors.tobytes()
+    assert np.array_equal(found.sizes, images.sizes)
+
+
+def test_where_the_mask_leaves_nothing_the_whole_image_is_described():
+    deep, images = Deep(backbone="test_resnet", weights="none", size=96).build("cpu", {}), batch(PICTURES[:1])
+    with pytest.warns(RuntimeWarning, match="the whole image is used"):
+        found = Describer(deep, Nothing(), 0.5).describe(images)
+    assert found.descriptors.tobytes() == deep.extract(images).descriptors.tobytes()

@@ -7,7 +7,7 @@ import torch
 from cbir.features.deep import Deep
 from cbir.features.how import How
 from cbir.features.networks.backbone import Backbone
-from cbir.features.pooling import WeightedSpoc
+from cbir.features.pooling.attention import WeightedSpoc
 from cbir.types import FeatureBatch, Floats, ImageBatch, Pixels
 from tests.features.scenes import scene
 

@@ -1,4 +1,4 @@
-"""The role of a mask: decoded images in, what of them is wanted out; features elsewhere are dropped."""
+"""The role of a mask: from decoded images to what of them is wanted; elsewhere features go or maps count less."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from cbir.spec import Method
-from cbir.types import FeatureBatch, Floats, ImageBatch
+from cbir.types import FeatureBatch, Floats, ImageBatch, Int64s
 
-__all__ = ["MaskSpec", "Masker", "drop_masked"]
+__all__ = ["MaskSpec", "Masker", "drop_masked", "usable_masks"]
 
 
 class Masker(Protocol):
@@ -29,7 +29,8 @@ class MaskSpec(Method):
     role: ClassVar[str] = "mask"
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Features where the mask is below this are dropped."""
+    """Features where the mask is below this are dropped; where maps are pooled, a mask that nowhere reaches it is not
+    used."""
 
     @property
     def assets(self) -> Mapping[str, str]:
@@ -56,6 +57,18 @@ def drop_masked(features: FeatureBatch, masks: Sequence[Floats], threshold: floa
                 stacklevel=2,
             )
     return features.take_rows(np.concatenate([np.empty(0, np.bool_), *kept]))
+
+
+def usable_masks(image_ids: Int64s, masks: Sequence[Floats], threshold: float) -> list[Floats]:
+    """The masks, with ones in place of those that are below the threshold everywhere, with a warning."""
+    usable = list(masks)
+    for i, mask in enumerate(usable):
+        if mask.max() < threshold:
+            usable[i] = np.ones_like(mask)
+            warnings.warn(
+                f"image {image_ids[i]}: the mask leaves no place, the whole image is used", RuntimeWarning, stacklevel=2
+            )
+    return usable
 
 
 def _wanted(features: FeatureBatch, i: int, mask: Floats) -> npt.NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -9,8 +10,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cbir.errors import ConfigError
+from cbir.features.backbone import Layer
 
-__all__ = ["load_weights", "read_weights"]
+__all__ = ["Created", "load_weights", "read_weights"]
+
+
+@dataclass(frozen=True)
+class Created:
+    """A network before weights of one's own are loaded."""
+
+    network: nn.Module
+    layers: tuple[Layer, ...]
+    """What to take from it; none stands for timm's `forward_features`."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    unused: tuple[str, ...]
+    """Prefixes of weights that a file may lack, or have beyond those of the network."""
 
 
 def read_weights(path: Path, field: str, sha256: str | None = None) -> dict[str, Tensor]:

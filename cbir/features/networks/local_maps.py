@@ -1,12 +1,12 @@
 """From decoded images to the strongest places of a network's maps at several scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, normalize, softplus
+from torch.nn.functional import avg_pool2d, interpolate, normalize, softplus
 
 from cbir.errors import ConfigError
 from cbir.features.local_maps import LocalMapsSpec
@@ -17,10 +17,27 @@ from cbir.features.networks.scaling import scaled
 from cbir.features.networks.vision import exactly
 from cbir.types import FeatureBatch, Floats, ImageBatch, Int32s, Pixels
 
-__all__ = ["Head", "LocalMapsExtractor", "TrainedAttention", "delf", "how"]
+__all__ = ["Head", "LocalMapsExtractor", "TrainedAttention", "columns", "delf", "how"]
 
 Head = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps (1, C, H, W) -> vectors of the places (1, C, H, W) and their scores (1, H, W)."""
+
+
+def columns(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The places as they are, scored by the l2 norm."""
+    return maps, maps.norm(dim=1)
+
+
+def hypercolumn(layers: Sequence[Tensor]) -> Tensor:
+    """Maps (N, C_l, H_l, W_l) -> (N, sum of C_l, H_1, W_1): unit vectors of the places of all layers side by side.
+
+    Other maps than the first are resized to its grid; a place is as long as its vector in the first.
+    """
+    grid = layers[0].shape[-2:]
+    resized = [layers[0], *(interpolate(maps, grid, mode="bilinear") for maps in layers[1:])]
+    units = normalize(torch.cat([normalize(maps) for maps in resized], dim=1))
+    columns_of_all: Tensor = units * layers[0].norm(dim=1, keepdim=True)
+    return columns_of_all
 
 
 def how(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,16 +53,16 @@ def delf(attention: nn.Module | None) -> Head:
 class TrainedAttention(nn.Module):
     """The attention of DELF: two 1 x 1 convolutions, a ReLU between and a softplus after them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, field: str = "extractor.attention") -> None:
         super().__init__()
-        state = read_weights(path, "extractor.attention")
+        state = read_weights(path, field)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         hidden, channels = shapes.get("conv1.weight", (0, 0))[:2]
         conv1, conv2 = (hidden, channels, 1, 1), (1, hidden, 1, 1)
         expected = {"conv1.weight": conv1, "conv1.bias": (hidden,), "conv2.weight": conv2, "conv2.bias": (1,)}
         if shapes != expected:
             raise ConfigError(
-                f"extractor.attention: {path} must hold conv1.weight (A, C, 1, 1), conv1.bias (A,), "
+                f"{field}: {path} must hold conv1.weight (A, C, 1, 1), conv1.bias (A,), "
                 f"conv2.weight (1, A, 1, 1) and conv2.bias (1,), found {shapes}"
             )
         self.conv1, self.conv2 = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, 1, 1)
@@ -64,8 +81,8 @@ class LocalMapsExtractor:
     def __init__(self, spec: LocalMapsSpec, weights: Path | None, device: str, head: Head) -> None:
         self._spec, self._head = spec, head
         self._device = torch.device(device)
-        self._backbone = Backbone(spec, weights, spec.stage).to(self._device)
-        self._field, self._dim = self._trial()
+        self._backbone = Backbone(spec, weights, *spec.map_layers).to(self._device)
+        self._field, self._dim = self._trial(weights)
 
     def extract(self, batch: ImageBatch) -> FeatureBatch:
         """Descriptors (K, D) float32, geometry (K, 4) float32 in pixels of the upright originals."""
@@ -92,27 +109,37 @@ class LocalMapsExtractor:
         longest = min(self._spec.size, int(original_size.max())) * scale
         seen = scaled(image, max(1, round(longest)))
         with exactly():
-            vectors, scores = self._head(self._backbone(torch.tensor(seen[None], device=self._device)))
+            vectors, scores = self._head(self._maps(torch.tensor(seen[None], device=self._device)))
             flat = scores[0].flatten().cpu().numpy()
             best = np.argsort(-flat, kind="stable")[: self._spec.max_features]
             rows = vectors[0].flatten(1)[:, torch.from_numpy(best).to(self._device)].T.contiguous().cpu().numpy()
         return rows, _geometry(best, scores.shape[-1], self._field, seen.shape, original_size), flat[best]
 
+    def _maps(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 -> (N, C, H', W')."""
+        outputs = self._backbone.outputs(images)
+        if any(output.ndim != 4 for output in outputs):
+            raise ValueError("fully connected layers have no places")
+        return hypercolumn(outputs) if len(outputs) > 1 else outputs[0]
+
     def _no_rows(self) -> tuple[Floats, Floats]:
         return np.empty((0, self._dim), np.float32), np.empty((0, 4), np.float32)
 
-    def _trial(self) -> tuple[ReceptiveField, int]:
-        """Found by black images, so that a network that refuses a stage or a size does so before the run."""
-        where = f"stage {self._spec.stage} of backbone {self._spec.backbone!r}"
+    def _trial(self, weights: Path | None) -> tuple[ReceptiveField, int]:
+        """Found by black images, so that a network that refuses a layer or a size does so before the run."""
+        spec = self._spec
+        where = " ".join([spec.layers_key, *map(str, spec.map_layers), f"of backbone {spec.backbone!r}"])
         try:
             black = torch.zeros((1, 151, 223, 3), dtype=torch.uint8, device=self._device)
             with exactly():
-                vectors, _ = self._head(self._backbone(black))
-            return receptive_field(self._backbone, self._device), vectors.shape[1]
+                vectors, _ = self._head(self._maps(black))
+            # Hypercolumns are on the grid of the first layer.
+            first = Backbone(spec, weights, spec.map_layers[0]) if len(spec.map_layers) > 1 else self._backbone
+            return receptive_field(first.to(self._device), self._device), vectors.shape[1]
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(
-                f"extractor.stage: {where} fails: {error}. Choose a stage and a network that takes images of any size, "
-                "and an attention that was trained on this stage"
+                f"extractor.{spec.layers_key}: {where} fails: {error}. Choose a stage or layers with maps, a network "
+                "that takes images of any size, and an attention that was trained on this stage"
             ) from error
 
 

@@ -8,10 +8,35 @@ from pydantic import Field, PositiveInt
 
 from cbir.features.regions.proposer import Proposer, ProposerSpec
 
-__all__ = ["Detector"]
+__all__ = ["DetectionSpec", "Detector"]
 
 
-class Detector(ProposerSpec):
+class DetectionSpec(ProposerSpec):
+    """Configuration of a proposer that runs a detection model of torchvision.
+
+    `weights` is a file of its state (local path, `file://` or `s3://`; .safetensors, or .pth of tensors only), or
+    `none` for a random network drawn from `seed`.
+    """
+
+    model: str = Field(examples=["fasterrcnn_resnet50_fpn"], description="name of a detection model of torchvision")
+    model_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="further arguments of the model, for example {min_size: 480}"
+    )
+    weights: str = Field(examples=["s3://models/landmarks.pth"], description="file of the weights, or none")
+    seed: int = Field(default=0, description="of the random network without weights")
+    num_classes: PositiveInt = Field(default=91, description="classes of the network, background included")
+
+    @property
+    def assets(self) -> Mapping[str, str]:
+        """The weights, unless they are random."""
+        return {} if self.weights == "none" else {"weights": self.weights}
+
+    def weights_file(self, assets: Mapping[str, Path]) -> Path | None:
+        """The weights among the assets or at their own local path; None for a random network."""
+        return None if self.weights == "none" else assets.get("weights", Path(self.weights.removeprefix("file://")))
+
+
+class Detector(DetectionSpec):
     """Detected boxes (Detect-to-Retrieve, Teichmann et al. 2019): the whole image, then detections by falling score.
 
     `model` is any detection model of torchvision, `weights` a file of its state (local path, `file://` or `s3://`;
@@ -23,21 +48,9 @@ class Detector(ProposerSpec):
     name: Literal["detector"] = "detector"
     paper: ClassVar[str] = "Teichmann et al., Detect-to-Retrieve: efficient regional aggregation, CVPR 2019"
 
-    model: str = Field(examples=["fasterrcnn_resnet50_fpn"], description="name of a detection model of torchvision")
-    model_args: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="further arguments of the model, for example {min_size: 480}"
-    )
-    weights: str = Field(examples=["s3://models/landmarks.pth"], description="file of the weights, or none")
-    seed: int = Field(default=0, description="of the random network without weights")
-    num_classes: PositiveInt = Field(default=91, description="classes of the network, background included")
     classes: tuple[int, ...] | None = Field(default=None, description="labels of boxes to keep; all if not given")
     score: Annotated[float, Field(ge=0, le=1)] = Field(default=0.1, description="the least score of a box")
     max_boxes: PositiveInt = Field(default=20, description="the most boxes, besides the whole image")
-
-    @property
-    def assets(self) -> Mapping[str, str]:
-        """The weights, unless they are random."""
-        return {} if self.weights == "none" else {"weights": self.weights}
 
     def build(self, device: str, assets: Mapping[str, Path]) -> Proposer:
         """The network on the device; weights that are a local path are found without `assets`.
@@ -46,5 +59,4 @@ class Detector(ProposerSpec):
         """
         from cbir.features.networks.detection import DetectorProposer
 
-        local = {} if self.weights == "none" else {"weights": Path(self.weights.removeprefix("file://"))}
-        return DetectorProposer(self, {**local, **assets}.get("weights"), device)
+        return DetectorProposer(self, self.weights_file(assets), device)

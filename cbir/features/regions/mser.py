@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cbir.features.regions.proposer import ProposerSpec, in_original_pixels, regions_of, with_whole
+from cbir.features.regions.search import distinct, shrunk
 from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
 
 __all__ = ["Mser"]
@@ -63,9 +64,10 @@ class MserProposer:
         return regions_of([self._of(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
 
     def _of(self, image: Pixels, size: Int32s) -> Floats:
-        spec, grey = self._spec, _shrunk(image, self._spec.size)
-        boxes = in_original_pixels(self._detected(grey), grey.shape, size)
-        return with_whole(_distinct(boxes, spec.iou)[: spec.max_boxes], size, first=spec.whole)
+        spec = self._spec
+        grey = shrunk(np.asarray(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), np.uint8), spec.size)
+        boxes = _largest_first(in_original_pixels(self._detected(grey), grey.shape, size))
+        return with_whole(distinct(boxes, spec.iou, spec.max_boxes), size, first=spec.whole)
 
     def _detected(self, grey: Pixels) -> Array:
         if min(grey.shape) < SMALLEST_SIDE:
@@ -77,26 +79,7 @@ class MserProposer:
         return np.stack([left, top, left + width, top + height], axis=1)
 
 
-def _shrunk(image: Pixels, longest: int) -> Pixels:
-    """The grey image with its longest side at most so many pixels."""
-    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
-    height, width = grey.shape
-    ratio = longest / max(height, width)
-    if ratio >= 1:
-        return np.asarray(grey, np.uint8)
-    shape = max(1, round(width * ratio)), max(1, round(height * ratio))
-    return np.asarray(cv2.resize(grey, shape, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _distinct(boxes: Array, iou: float) -> Array:
-    """Boxes (R, 4) by falling area (ties by their edges) without those that overlap an earlier one by more than iou."""
+def _largest_first(boxes: Array) -> Array:
+    """Boxes (R, 4) by falling area, ties by their edges."""
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    order = np.lexsort((*boxes.T, -areas))
-    boxes, areas = boxes[order], areas[order]
-    kept: list[int] = []
-    for i, box in enumerate(boxes):
-        sides = np.minimum(boxes[kept, 2:], box[2:]) - np.maximum(boxes[kept, :2], box[:2])
-        shared = np.maximum(sides, 0).prod(axis=1)
-        if (shared <= iou * (areas[kept] + areas[i] - shared)).all():
-            kept.append(i)
-    return boxes[kept]
+    return boxes[np.lexsort((*boxes.T, -areas))]

@@ -14,6 +14,7 @@ from tests.features.scenes import circles, quarter_turn, scene, turned
 
 DESCRIPTORS = methods("descriptor")
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "backbone": [{"backbone": "test_resnet", "weights": "none"}],
     "brief": [{"oriented": True}, {"bits": 512}],
     "freak": [{}, {"oriented": False}],
     "mkd": [{"kernels": "cart"}],

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
-from cbir.features.masks.mask import drop_masked
+from cbir.features.masks.mask import drop_masked, usable_masks
 from cbir.types import FeatureBatch, Regions
 
 HEIGHT, WIDTH = 60, 80
@@ -83,3 +83,12 @@ def test_a_batch_may_be_cut_anywhere():
     batch, masks = features((30, 0, 20, 10)), [rng.random((6, 8), np.float32) for _ in range(4)]
     parts = [drop_masked(batch.take(np.array([i])), [masks[i]], 0.3) for i in range(4)]
     assert_same(FeatureBatch.concatenate(parts), drop_masked(batch, masks, 0.3))
+
+
+def test_a_mask_that_nowhere_reaches_the_threshold_is_not_used():
+    masks = [np.float32([[0.2, 0.5]]), np.float32([[0.2, 0.4]]), np.zeros((3, 2), np.float32)]
+    with pytest.warns(RuntimeWarning, match="image 1[12]: the mask leaves no place, the whole image is used") as seen:
+        used = usable_masks(np.array([10, 11, 12]), masks, 0.5)
+    assert len(seen) == 2
+    assert used[0] is masks[0]
+    assert (used[1].tolist(), used[2].tolist()) == ([[1, 1]], [[1, 1], [1, 1], [1, 1]])

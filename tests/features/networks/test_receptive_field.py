@@ -11,12 +11,12 @@ from cbir.features.networks.receptive_field import receptive_field
 SIDE = 224
 
 
-def reached(backbone: Backbone, row: int, column: int) -> np.ndarray:
+def reached(backbone: Backbone, stage: int, row: int, column: int) -> np.ndarray:
     """First and last row and column of the pixels on which a place of the map depends."""
     pixels = torch.rand((1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).requires_grad_()
-    maps = backbone.network.forward_intermediates(
-        pixels, indices=[backbone._stage], intermediates_only=True, output_fmt="NCHW"
-    )[0]
+    maps = backbone.network.forward_intermediates(pixels, indices=[stage], intermediates_only=True, output_fmt="NCHW")[
+        0
+    ]
     maps[0, :, row, column].sum().backward()
     touched = pixels.grad[0].abs().sum(0).numpy() > 0
     return np.array(
@@ -41,7 +41,7 @@ def test_it_is_what_gradients_reach(name, stage, arguments):
     place = SIDE // field.stride // 2
     centre = field.first + place * field.stride
     expected = [centre - (field.size - 1) / 2, centre + (field.size - 1) / 2]
-    assert np.abs(reached(backbone, place, place) - expected).max() <= 0.01
+    assert np.abs(reached(backbone, stage, place, place) - expected).max() <= 0.01
 
 
 def test_that_of_a_transformer_is_its_patch():
