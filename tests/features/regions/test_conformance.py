@@ -17,6 +17,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "grid": [{}, {"levels": (1, 2, 3, 4), "overlap": 0.5}],
     "sliding_window": [{}, {"whole": False, "aspect_ratios": (0.25, 1, 4), "stride": 1.0}],
     "mser": [{"min_area": 0.005}, {"whole": False}],
+    "selective_search": [{}, {"whole": False, "max_boxes": 5}],
+    "edge_boxes": [{}, {"whole": False}],
+    "rpn": [{"model": "fasterrcnn_mobilenet_v3_large_320_fpn", "weights": "none", "num_classes": 2}],
     "detector": [{"model": "ssdlite320_mobilenet_v3_large", "weights": "none", "num_classes": 2}],
 }
 
