@@ -61,7 +61,7 @@ class QueryEncoder:
     def signatures(self, channel: str, features: FeatureBatch) -> FeatureBatch:
         """Words and codes of raw features, each with as many words as the index assigns to queries."""
         encoded = encode_all(self._encoders[channel], features)
-        return self._indexes[channel].signatures(encoded, self._channels[channel].index.query_words)
+        return self._indexes[channel].query_signatures(encoded)
 
     def _decoded(self, pictures: Sequence[bytes], boxes: Sequence[Box | None], view: View) -> ImageBatch:
         images = [

@@ -53,12 +53,16 @@ class Index(Protocol):
         """Those of the entries that belong in file number `number` of the `IndexSpec.pieces` of a partition."""
         return entries
 
-    def signatures(self, batch: FeatureBatch, num: int = 1) -> FeatureBatch:
-        """The `num` nearest words of every feature with short codes, for geometric verification.
+    def signatures(self, batch: FeatureBatch) -> FeatureBatch:
+        """The nearest word of every stored feature with a short code, for geometric verification.
 
         ValueError unless it is an index of local features.
         """
-        raise ValueError(f"{type(self).__name__} has no visual words for {len(batch)} images, {num} a feature")
+        raise ValueError(f"{type(self).__name__} has no visual words for {len(batch)} images")
+
+    def query_signatures(self, batch: FeatureBatch) -> FeatureBatch:
+        """The same of queries, whose features have several words each."""
+        return self.signatures(batch)
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The form in which partitions are asked: done once per query, however many partitions there are."""
@@ -90,11 +94,6 @@ class IndexSpec(Method):
     """Whether `Index.queries` does anything, for which a searcher must hold the trained state."""
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
-
-    @property
-    def query_words(self) -> int:
-        """How many words a feature of a query is assigned to (local indexes)."""
-        return 1
 
     @property
     def trained(self) -> bool:

@@ -54,7 +54,9 @@ class InvertedSpec(IndexSpec):
     )
     assignments: PositiveInt = Field(default=1, description="nearest words of a feature of an indexed image")
     query_assignments: PositiveInt = Field(default=1, description="nearest words of a feature of a query")
-    features: PositiveInt | None = Field(default=None, description="use the strongest so many features of an image")
+    features: PositiveInt | None = Field(
+        default=None, description="store the strongest so many features of an indexed image; queries ask with all"
+    )
     max_distance: PositiveFloat | None = Field(
         default=None, description="drop features further than this from their nearest word (Cai et al.)"
     )
@@ -140,11 +142,6 @@ class InvertedSpec(IndexSpec):
         return InvertedIndex(self, Vocabulary.restore(rest), own)
 
     @property
-    def query_words(self) -> int:
-        """The assignments of a query's feature, at least three: with one, verification loses true matches."""
-        return min(self.words, max(self.query_assignments, 3))
-
-    @property
     def pieces(self) -> int:
         """One file per range of words."""
         return self.word_ranges
@@ -195,7 +192,7 @@ class InvertedIndex(Index):
     def entries(self, batch: FeatureBatch) -> pa.Table:
         """One row per posting: image_id int64, word int32, code fixed_size_binary, and where the kernel looks at them
         angle and scale uint8; by image, then word."""
-        batch, words = self._assigned(batch, self.spec.assignments)
+        batch, words = self._assigned(self._strongest(batch), self.spec.assignments)
         embedded = self._phi(batch, words)
         codes = self.kernel.code(embedded.vectors)
         columns = {
@@ -210,11 +207,15 @@ class InvertedIndex(Index):
         metadata = {"code": np.dtype(self.kernel.dtype).name}
         return pa.table(list(columns.values()), schema=pa.schema(fields, metadata=metadata))
 
+    def _strongest(self, batch: FeatureBatch) -> FeatureBatch:
+        """The features that are stored."""
+        if self.spec.features is None:
+            return batch
+        ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
+        return batch.take_rows(ranks < self.spec.features)
+
     def _assigned(self, batch: FeatureBatch, num: int) -> tuple[FeatureBatch, Int32s]:
-        """The strongest features, as far as they are near to a word, with their nearest words (K, num)."""
-        if self.spec.features is not None:
-            ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
-            batch = batch.take_rows(ranks < self.spec.features)
+        """Features, as far as they are near to a word, with their nearest words (K, num)."""
         rows = float_rows(batch, self.vocabulary.centroids.shape[1])
         words, distances = self._nearest(rows, num)
         batch = batch.with_descriptors(rows)
@@ -240,11 +241,19 @@ class InvertedIndex(Index):
         queries = FeatureBatch(batch.image_ids, offsets, codes, sizes=batch.sizes, words=embedded.words)
         return replace(queries, geometry=batch.geometry[embedded.rows]) if self._consistent else queries
 
-    def signatures(self, batch: FeatureBatch, num: int = 1) -> FeatureBatch:
-        """Every feature's `num` nearest words and the signs of its residuals to them, packed; rows stay in order.
+    def signatures(self, batch: FeatureBatch) -> FeatureBatch:
+        """Every stored feature's nearest word and the signs of its residual to it, packed; rows stay in order.
 
         They are what geometric verification needs to match features by their words.
         """
+        return self._signatures(self._strongest(batch), 1)
+
+    def query_signatures(self, batch: FeatureBatch) -> FeatureBatch:
+        """The same of all features of queries and of several words each: of as many as are asked for, and of at least
+        three, because with one verification loses true matches."""
+        return self._signatures(batch, min(self.spec.words, max(self.spec.query_assignments, 3)))
+
+    def _signatures(self, batch: FeatureBatch, num: int) -> FeatureBatch:
         batch, words = self._assigned(batch, num)
         rows = np.repeat(np.arange(len(words)), num)
         flat = words.reshape(-1)

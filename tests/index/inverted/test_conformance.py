@@ -163,11 +163,14 @@ def test_a_deleted_image_is_never_found(index, batch):
     assert [[image for image in row if image >= 0] for row in after.image_ids.tolist()] == kept
 
 
-def test_only_the_strongest_features_are_used(spec, batch, queries):
-    index = spec.model_copy(update={"features": 4}).train(local_features(60, 1), SEED)
+def test_only_the_strongest_features_are_stored_and_queries_ask_with_all(spec, index, batch, queries):
+    pruned = InvertedIndex(spec.model_copy(update={"features": 4}), index.vocabulary, index.own)
     ranks = np.arange(len(batch.descriptors)) - np.repeat(batch.offsets[:-1], batch.counts)
-    assert index.entries(batch).equals(index.entries(batch.take_rows(ranks < 4)))
-    assert len(index.queries(queries).descriptors) <= 4 * len(queries) * spec.query_assignments
+    strongest = batch.take_rows(ranks < 4)
+    assert pruned.entries(batch).equals(index.entries(strongest))
+    assert pruned.signatures(batch).to_arrow().equals(index.signatures(strongest).to_arrow())
+    assert pruned.queries(queries).to_arrow().equals(index.queries(queries).to_arrow())
+    assert pruned.query_signatures(queries).to_arrow().equals(index.query_signatures(queries).to_arrow())
 
 
 def test_features_far_from_every_word_are_dropped(spec, index, batch):
@@ -194,12 +197,16 @@ def test_no_features_no_queries_and_one_image(index, spec, batch, queries, tmp_p
     assert asked(one, index, nothing).image_ids.shape == (0, DEPTH)
 
 
-def test_signatures_are_words_and_codes_of_every_feature(index, batch):
-    signatures = index.signatures(batch, 2)
-    assert signatures.counts.tolist() == (2 * batch.counts).tolist()
-    assert signatures.descriptors.dtype == np.uint8
-    np.testing.assert_array_equal(signatures.geometry[::2], batch.geometry)
-    np.testing.assert_array_equal(signatures.words[::2], index.vocabulary.nearest(batch.descriptors, 1)[:, 0])
+def test_signatures_are_words_and_codes_of_every_feature(index, spec, batch):
+    stored, asked_with = index.signatures(batch), index.query_signatures(batch)
+    words = min(spec.words, max(spec.query_assignments, 3))
+    for signatures, num in ((stored, 1), (asked_with, words)):
+        assert signatures.counts.tolist() == (num * batch.counts).tolist()
+        assert signatures.descriptors.dtype == np.uint8
+        for place in range(num):
+            np.testing.assert_array_equal(signatures.geometry[place::num], batch.geometry)
+        nearest = index.vocabulary.nearest(batch.descriptors, num)
+        np.testing.assert_array_equal(signatures.words.reshape(-1, num), nearest)
 
 
 def test_wrong_input_is_refused_with_its_place(index, spec, batch, tmp_path):
