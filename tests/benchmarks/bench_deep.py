@@ -9,8 +9,8 @@ uint8 pixels to the row. "Of matmul" is the rate of a contestant's network, divi
 of its precision reach on the same core in the same turns: what is far below 1 can be made faster, what is near it not.
 
 Quality: MobileNetV2 with the weights and photographs of $CBIR_TEST_DATA (default ../shared/data), 224 px, GeM, exact
-search as in tests/benchmarks/quality/deep.yaml; queries are described like the database, and in float32 as a searcher
-does.
+search as in tests/benchmarks/quality/global/gem_224.yaml; queries are described like the database, and in float32 as a
+searcher does.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """How good the methods are on real photographs: `python tests/benchmarks/bench_quality.py [--store DIR] [NAME ...]`.
 
-A method is one YAML of tests/benchmarks/quality/ (or `--configs DIR`): its channels and its search, without images and
-store. Each is trained once, on the databases of all sets and the distractors, as the references are; then it indexes
-every set's database together with the distractors, and is measured before and after re-ranking. NAMEs choose some
-methods. The photographs and weights are found through CBIR_TEST_DATA, which the YAMLs may name as
-`${CBIR_TEST_DATA}`. With `--store`, a second run reuses what the first made.
+A method is one YAML below tests/benchmarks/quality/ (or `--configs DIR`): its channels and its search, without images
+and store. Each is trained once, on the databases of all sets and the distractors, as the references are; then it
+indexes every set's database together with the distractors, and is measured before and after re-ranking. NAMEs choose
+some methods or folders, such as `vlad` or `global`. The photographs and weights are found through CBIR_TEST_DATA, which
+the YAMLs may name as `${CBIR_TEST_DATA}`. With `--store`, a second run reuses what the first made.
 
 ms/query is the time of search and re-ranking over the whole index with one thread; the extraction of the queries, which
 is done once for all methods, is not in it.
@@ -164,7 +164,7 @@ def with_references(table: Table) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods, such as vlad")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods or folders")
     parser.add_argument("--configs", type=Path, default=Path(__file__).parent / "quality", help="folder of YAMLs")
     parser.add_argument("--store", help="keep the work in this folder")
     return parser.parse_args()
@@ -174,7 +174,8 @@ def main() -> None:
     chosen = arguments()
     if not (DATA / "photos").is_dir():
         sys.exit(f"no photographs at {DATA}/photos; set CBIR_TEST_DATA")
-    methods = [path for path in sorted(chosen.configs.glob("*.yaml")) if not chosen.names or path.stem in chosen.names]
+    found = sorted(chosen.configs.rglob("*.yaml"))
+    methods = [path for path in found if not chosen.names or {path.stem, path.parent.name} & {*chosen.names}]
     if not methods:
         sys.exit(f"none of {', '.join(chosen.names) or '*.yaml'} in {chosen.configs}")
     with tempfile.TemporaryDirectory(prefix="bench-quality-") as temporary:

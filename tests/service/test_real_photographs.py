@@ -81,6 +81,8 @@ class Photographs:
             "weights": str(self.data / "weights" / "mobilenetv2_100_imagenet.safetensors"),
             "mean": [0.5] * 3,
             "std": [0.5] * 3,
+            "size": 224,
+            "pooling": {"name": "gem", "p": 3},
             "scales": [1.0],
         }
         return [f"channels.global.extractor.{name}={json.dumps(value)}" for name, value in fields.items()]
