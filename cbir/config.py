@@ -105,10 +105,13 @@ class Channel(Spec):
     @property
     def assets(self) -> dict[str, str]:
         """Files that it needs: those of the extractor by field, of its parts by `extractor.part.field`, of mask and
-        proposer by `mask.field`."""
+        proposer by `mask.field`, of encoders by `encoders.0.field`."""
         files = {f"extractor.{field}" if "." in field else field: uri for field, uri in self.extractor.assets.items()}
-        more = [method for method in (self.mask, self.proposer) if method is not None]
-        return files | {f"{method.role}.{field}": uri for method in more for field, uri in method.assets.items()}
+        more: dict[str, MaskSpec | ProposerSpec | EncoderSpec] = {
+            method.role: method for method in (self.mask, self.proposer) if method is not None
+        }
+        more |= {f"encoders.{position}": encoder for position, encoder in enumerate(self.encoders)}
+        return files | {f"{part}.{field}": uri for part, method in more.items() for field, uri in method.assets.items()}
 
     def describer(self, device: str, assets: Mapping[str, Path], *, regions: bool = True) -> Describer:
         """What makes its features of decoded images, on a torch device, with its assets as local files.
@@ -154,6 +157,11 @@ class Channel(Spec):
                     f"encoders.{position}: {encoder.name} aggregates local features, but at this place there is one "  # type: ignore[attr-defined]
                     f"descriptor per image; remove it, or use a local extractor such as sift"
                 )
+            if encoder.needs_one_row and is_local:
+                raise ValueError(
+                    f"encoders.{position}: {encoder.name} learns from one descriptor per image, but at this place "  # type: ignore[attr-defined]
+                    "there are local features; put an encoder such as {name: vlad} before it"
+                )
             is_local = is_local and not encoder.aggregates
         index = self.index.name  # type: ignore[attr-defined]
         if is_local and not self.index.local:
@@ -172,10 +180,10 @@ class Channel(Spec):
         return self
 
 
-def assets_of(role: str, assets: Mapping[str, T]) -> dict[str, T]:
-    """Those of the extractor, mask or proposer by field, of assets that are named as by `Channel.assets`."""
-    fields = {name: asset for name, asset in assets.items() if "." not in name and role == "extractor"}
-    prefix = f"{role}."
+def assets_of(part: str, assets: Mapping[str, T]) -> dict[str, T]:
+    """Those of one part of a channel (`extractor`, `mask`, `encoders.0`) by field, of all as by `Channel.assets`."""
+    fields = {name: asset for name, asset in assets.items() if "." not in name and part == "extractor"}
+    prefix = f"{part}."
     return fields | {name[len(prefix) :]: asset for name, asset in assets.items() if name.startswith(prefix)}
 
 

@@ -76,8 +76,9 @@ class QueryEncoder:
 
 
 def _query_assets(channel: ChannelLayout, files: LocalFiles) -> dict[str, Path]:
-    """Local files of what sees queries; boxes are proposed in indexed images only."""
-    return {name: files.path(key) for name, key in channel.assets.items() if not name.startswith("proposer.")}
+    """Local files of what sees queries; boxes are proposed in indexed images only, and encoders are trained."""
+    unseen = ("proposer.", "encoders.")
+    return {name: files.path(key) for name, key in channel.assets.items() if not name.startswith(unseen)}
 
 
 def restore_encoders(channel: Channel, keys: Sequence[str], files: LocalFiles) -> list[Encoder]:

@@ -11,7 +11,8 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from cbir.artifacts import Done, StoredFile, read_part
-from cbir.encoding.encoder import Encoder
+from cbir.config import assets_of
+from cbir.encoding.encoder import Encoder, EncoderSpec
 from cbir.errors import DataError
 from cbir.index.index import Index
 from cbir.queries import encode_all, encode_queries
@@ -100,7 +101,7 @@ class CodebookTask(Task):
     @classmethod
     def of(cls, work: ChannelWork, made_of: Sequence[SampleTask], samples: Sequence[Done], seed: int) -> "CodebookTask":
         """The task of one channel; its fingerprint is known before the samples are."""
-        encoders = [encoder.identity() for encoder in work.channel.encoders]
+        encoders = work.training_identity()["encoders"]
         sources = sorted(task.fingerprint for task in made_of)
         identity = fingerprint("codebook", encoders, work.channel.index.codebook_identity(), seed, sources)
         return cls(f"codebook [{work.name}]", identity, work, tuple(samples), seed)
@@ -111,9 +112,9 @@ class CodebookTask(Task):
             sample = _whole_sample(worker, self.work, self.samples)
         counts, files = {"images": len(sample), "features": len(sample.descriptors)}, []
         with worker.timer.phase("device"):
-            for position, spec in enumerate(self.work.channel.encoders):
+            for position in range(len(self.work.channel.encoders)):
                 with _at(f"channels.{self.work.name}.encoders.{position}"):
-                    encoder = spec.fit(sample, self.seed)
+                    encoder = _encoder_spec(worker, self.work, position).fit(sample, self.seed)
                 sample = encoder.encode(sample)
                 files.append(self.put(worker, f"encoder-{position}", packed(encoder.state()), "safetensors"))
             with _at(f"channels.{self.work.name}.index"):
@@ -183,6 +184,13 @@ def _restored_encoders(worker: Worker, work: ChannelWork, done: Done) -> list[En
         spec.restore(load_safetensors(read_part(worker.store, done.file(f"encoder-{number}"))))
         for number, spec in enumerate(work.channel.encoders)
     ]
+
+
+def _encoder_spec(worker: Worker, work: ChannelWork, position: int) -> EncoderSpec:
+    """An encoder of the channel with its files at hand."""
+    assets = assets_of(f"encoders.{position}", work.assets)
+    files = {field: worker.fetch(asset.key, asset.sha256) for field, asset in assets.items()}
+    return work.channel.encoders[position].with_assets(files)
 
 
 def _whole_sample(worker: Worker, work: ChannelWork, samples: Sequence[Done]) -> FeatureBatch:
@@ -257,7 +265,10 @@ class TrainTask(Task):
             for position, spec in enumerate(channel.encoders):
                 with _at(f"channels.{self.work.name}.encoders.{position}"):
                     given = self._given(worker, position)
-                    encoder = spec.fit(sample, self.seed) if given is None else spec.restore(given)
+                    if given is None:
+                        encoder = _encoder_spec(worker, self.work, position).fit(sample, self.seed)
+                    else:
+                        encoder = spec.restore(given)
                 probes = encoder.encode(probes)
                 # Where nothing after it looks at the sample, the sample need not be encoded any further.
                 sample = encoder.encode(sample) if any(trained[position + 1 :]) else probes

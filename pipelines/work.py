@@ -200,16 +200,17 @@ class ChannelWork:
         """What identifies the extractor, and mask and proposer where there are: their settings, with the content of
         their files instead of paths."""
         channel = self.channel
-        more = {spec.role: self._identity(spec) for spec in (channel.mask, channel.proposer) if spec is not None}
-        return {**self._identity(channel.extractor), **more}
+        more = {spec.role: self._identity(spec.role, spec) for spec in (channel.mask, channel.proposer) if spec}
+        return {**self._identity("extractor", channel.extractor), **more}
 
-    def _identity(self, spec: Method) -> dict[str, Any]:
-        return {**spec.identity(), **{name: asset.sha256 for name, asset in assets_of(spec.role, self.assets).items()}}
+    def _identity(self, part: str, spec: Method) -> dict[str, Any]:
+        return {**spec.identity(), **{name: asset.sha256 for name, asset in assets_of(part, self.assets).items()}}
 
     def training_identity(self) -> dict[str, Any]:
-        """What identifies the encoders and the index."""
+        """What identifies the encoders and the index, with the content of the encoders' files instead of paths."""
+        encoders = enumerate(self.channel.encoders)
         return {
-            "encoders": [encoder.identity() for encoder in self.channel.encoders],
+            "encoders": [self._identity(f"encoders.{position}", encoder) for position, encoder in encoders],
             "index": self.channel.index.identity(),
         }
 

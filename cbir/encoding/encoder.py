@@ -1,6 +1,8 @@
 """The role of an encoder: features in, features of another form out."""
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from cbir.spec import Method
 from cbir.types import FeatureBatch, State
@@ -35,6 +37,8 @@ class EncoderSpec(Method):
     role: ClassVar[str] = "encoder"
     aggregates: ClassVar[bool] = False
     """Whether it turns the local features of an image into one descriptor."""
+    needs_one_row: ClassVar[bool] = False
+    """Whether it needs one descriptor per image, or one per region, rather than local features."""
     drops_rows: ClassVar[bool] = False
     """Whether it may return fewer rows than `output_rows` says."""
     needs_regions: ClassVar[bool] = False
@@ -62,6 +66,15 @@ class EncoderSpec(Method):
     def rows_are_regions(self) -> bool:
         """Whether it makes a row of every region of an image, so that `output_rows` cannot know how many."""
         return False
+
+    @property
+    def assets(self) -> Mapping[str, str]:
+        """Files that training needs: field name -> local path or `s3://` URI."""
+        return {}
+
+    def with_assets(self, assets: Mapping[str, Path]) -> Self:
+        """The same with its assets as local files, ready for `fit`."""
+        return self.model_copy(update={field: str(path) for field, path in assets.items()})
 
     def fit(self, sample: FeatureBatch, seed: int) -> Encoder:
         """Train on the sample; the same sample and seed give the same bytes. DataError if the sample is too small."""

@@ -1,11 +1,12 @@
 """What every encoder owes: the role's specification, run on all registered encoders.
 
 An encoder is tested with its defaults; a field without a default needs `Field(examples=[...])`, whose first value is
-taken here and shown to users by the schema.
+taken here and shown to users by the schema. A file that it needs is an entry of FILES.
 """
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,28 @@ from safetensors.numpy import load, save
 import cbir.encoding  # noqa: F401 - registers the encoders
 from cbir.errors import DataError
 from cbir.spec import methods, one_of
-from cbir.types import FeatureBatch
+from cbir.types import FeatureBatch, image_id
 
 ENCODERS = methods("encoder")
 DIM, SEED = 128, 7
+
+FILES = {"pairs.csv": "query,positive\n" + "".join(f"image{i},image{i + 1}\n" for i in range(800))}
+"""The content of the files that examples name."""
+
+SAMPLE_IMAGES = {"learned_whitening": 700}
+"""Where 40 images are too few to train on."""
 
 
 def spec_of(name: str) -> Any:
     fields = ENCODERS[name].model_fields
     return ENCODERS[name](**{key: field.examples[0] for key, field in fields.items() if field.is_required()})
+
+
+def with_files(spec: Any, folder: Path) -> Any:
+    """The encoder with what its examples name as files of the folder."""
+    for name in spec.assets.values():
+        (folder / name).write_text(FILES[name])
+    return spec.with_assets({field: folder / name for field, name in spec.assets.items()})
 
 
 def features(num_images: int, seed: int, dtype: str) -> FeatureBatch:
@@ -36,7 +50,13 @@ def features(num_images: int, seed: int, dtype: str) -> FeatureBatch:
     if len(rows) > 3:
         rows[1], rows[2] = 0, rows[0]
     geometry = rng.random((len(rows), 4), dtype=np.float32)
-    return FeatureBatch(rng.permutation(num_images) + 10**12, offsets, rows, geometry)
+    ids = np.array([image_id(f"image{number}") for number in range(num_images)], np.int64)
+    return FeatureBatch(rng.permutation(ids), offsets, rows, geometry)
+
+
+def sample_of(spec: Any, dtype: str) -> FeatureBatch:
+    """What the encoder is trained on."""
+    return inputs(spec, features(SAMPLE_IMAGES.get(spec.name, 40), 1, dtype), dtype)
 
 
 def inputs(spec: Any, batch: FeatureBatch, dtype: str) -> FeatureBatch:
@@ -46,7 +66,7 @@ def inputs(spec: Any, batch: FeatureBatch, dtype: str) -> FeatureBatch:
 
 @functools.cache
 def trained(spec: Any, dtype: str) -> Any:
-    return spec.fit(features(40, 1, dtype), SEED)
+    return spec.fit(sample_of(spec, dtype), SEED)
 
 
 def freeze(batch: FeatureBatch) -> FeatureBatch:
@@ -63,8 +83,8 @@ def assert_same_bits(left: FeatureBatch, right: FeatureBatch) -> None:
 
 
 @pytest.fixture(scope="module", params=list(ENCODERS))
-def spec(request):
-    return spec_of(request.param)
+def spec(request, tmp_path_factory):
+    return with_files(spec_of(request.param), tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module", params=["float32", "uint8"])
@@ -74,7 +94,7 @@ def dtype(request):
 
 @pytest.fixture(scope="module")
 def encoder(spec, dtype):
-    return spec.fit(freeze(inputs(spec, features(40, 1, dtype), dtype)), SEED)
+    return spec.fit(freeze(sample_of(spec, dtype)), SEED)
 
 
 @pytest.fixture
@@ -147,7 +167,7 @@ def test_a_zero_row_stays_finite(encoder, batch):
 
 
 def test_the_same_sample_and_seed_give_the_same_bytes(spec, encoder, batch, dtype):
-    again = spec.fit(inputs(spec, features(40, 1, dtype), dtype), SEED)
+    again = spec.fit(sample_of(spec, dtype), SEED)
     assert save(dict(again.state())) == save(dict(encoder.state()))
     assert_same_bits(again.encode(batch), encoder.encode(batch))
 
@@ -176,7 +196,7 @@ def test_the_method_is_documented(spec):
 
 
 def test_a_sample_that_is_too_small_is_refused_if_one_is_needed(spec, dtype):
-    given = inputs(spec, features(40, 1, dtype), dtype)
+    given = sample_of(spec, dtype)
     for sample in (given.take(np.arange(0)), given.take(np.array([0]))):
         sample = FeatureBatch.of_global(sample.image_ids, sample.descriptors[: len(sample)])
         if spec.trained:

@@ -75,6 +75,8 @@ def test_encoders_tell_their_output_size(name: str) -> None:
     required = {field: info for field, info in encoder.model_fields.items() if info.is_required()}
     spec = encoder(**{field: 3 if info.annotation is int else info.examples[0] for field, info in required.items()})
     assert isinstance(spec, EncoderSpec)
+    if spec.assets:
+        pytest.skip("needs files, with which the conformance tests of encoders compare its size")
     rng = np.random.default_rng(0)
     local = spec.aggregates or spec.precursor is not None
     rows = [rng.integers(0, 255, (40 if local else 1, 128)).astype(np.float32) for _ in range(40)]
