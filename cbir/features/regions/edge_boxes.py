@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
-from pydantic import Field, PositiveInt
 
-from cbir.features.regions.proposer import ProposerSpec, in_original_pixels, regions_of, with_whole
-from cbir.features.regions.search import distinct, shrunk
-from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
+from cbir.features.regions.proposer import in_original_pixels, with_whole
+from cbir.features.regions.search import SearchProposer, SearchSpec, distinct, shrunk
+from cbir.types import Array, Floats, Int32s, Pixels
 
 __all__ = ["EdgeBoxes"]
 
@@ -21,10 +20,8 @@ WEAK, STRONG, FULL = 30.0, 90.0, 200.0
 """Lengths of a Sobel gradient of 8-bit values: of an edge beside a stronger one, of one alone, and where strength 1
 begins. A straight edge between greys that differ by 47 is STRONG."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 
-
-class EdgeBoxes(ProposerSpec):
+class EdgeBoxes(SearchSpec):
     """Edge Boxes (Zitnick and Dollár 2014): boxes by the strength of the contours that lie wholly inside, best first.
 
     Contours are edges of the Lab image, smoothed and thinned by Canny's rule. Unlike the structured forests of the
@@ -34,28 +31,19 @@ class EdgeBoxes(ProposerSpec):
     name: Literal["edge_boxes"] = "edge_boxes"
     paper: ClassVar[str] = "Zitnick, Dollár, Edge boxes: locating object proposals from edges, ECCV 2014"
 
-    min_area: Share = Field(default=0.01, description="area of the smallest box, as a share of the image's")
-    iou: Share = Field(default=0.75, description="the largest overlap with a better box")
-    max_boxes: PositiveInt = Field(default=100, description="the most boxes, besides the whole image")
-    size: PositiveInt = Field(default=320, description="the longest side in pixels, never enlarged")
-    whole: bool = Field(default=True, description="the whole image as first box")
-
     def build(self, device: str, assets: Mapping[str, Path]) -> "EdgeBoxesProposer":  # noqa: ARG002 - runs on the CPU
         """A proposer on the CPU, whatever the device."""
         return EdgeBoxesProposer(self)
 
 
-class EdgeBoxesProposer:
+class EdgeBoxesProposer(SearchProposer):
     """OpenCV's Edge Boxes over a map of edges."""
 
     def __init__(self, spec: EdgeBoxes) -> None:
         self._spec = spec
 
-    def propose(self, batch: ImageBatch) -> Regions:
-        """The boxes of every image, by falling score."""
-        return regions_of([self._of(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
-
-    def _of(self, image: Pixels, size: Int32s) -> Floats:
+    def boxes(self, image: Pixels, size: Int32s) -> Floats:
+        """By falling score."""
         spec, small = self._spec, shrunk(image, self._spec.size)
         found = distinct(self._found(small), spec.iou, spec.max_boxes)
         return with_whole(in_original_pixels(found, small.shape, size), size, first=spec.whole)

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import cv2
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from cbir.features.regions.proposer import ProposerSpec, in_original_pixels, regions_of, with_whole
-from cbir.features.regions.search import distinct, shrunk
-from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
+from cbir.features.regions.proposer import in_original_pixels, with_whole
+from cbir.features.regions.search import SearchProposer, SearchSpec, Share, distinct, shrunk
+from cbir.types import Array, Floats, Int32s, Pixels
 
 __all__ = ["Mser"]
 
@@ -20,10 +20,8 @@ SMALLEST_SIDE = 3
 NO_DIVERSITY = 0.0
 """OpenCV 5 drops isolated objects for any other value; boxes that hardly differ are removed here by their overlap."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 
-
-class Mser(ProposerSpec):
+class Mser(SearchSpec):
     """Boxes of maximally stable extremal regions (Matas et al. 2002), bright and dark, the largest first.
 
     They are sought in the grey image of at most `size` pixels. Of boxes that overlap by more than `iou` (area of the
@@ -35,12 +33,10 @@ class Mser(ProposerSpec):
 
     delta: PositiveInt = Field(default=5, description="grey levels over which a region has to be stable")
     max_variation: PositiveFloat = Field(default=0.25, description="the largest relative change of area over delta")
-    min_area: Share = Field(default=0.01, description="area of the smallest region, as a share of the image's")
     max_area: Share = Field(default=0.5, description="area of the largest region, as a share of the image's")
-    iou: Share = Field(default=0.7, description="the largest overlap with a larger box")
+    iou: Share = Field(default=0.7, description="the largest overlap with a box before it")
     max_boxes: PositiveInt = Field(default=20, description="the most boxes, besides the whole image")
     size: PositiveInt = Field(default=480, description="the longest side in pixels, never enlarged")
-    whole: bool = Field(default=True, description="the whole image as first box")
 
     @model_validator(mode="after")
     def _areas_are_a_range(self) -> Self:
@@ -53,17 +49,14 @@ class Mser(ProposerSpec):
         return MserProposer(self)
 
 
-class MserProposer:
+class MserProposer(SearchProposer):
     """OpenCV's MSER, its boxes in an order that only the pixels determine."""
 
     def __init__(self, spec: Mser) -> None:
         self._spec = spec
 
-    def propose(self, batch: ImageBatch) -> Regions:
-        """The boxes of every image, by falling area."""
-        return regions_of([self._of(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
-
-    def _of(self, image: Pixels, size: Int32s) -> Floats:
+    def boxes(self, image: Pixels, size: Int32s) -> Floats:
+        """By falling area."""
         spec = self._spec
         grey = shrunk(np.asarray(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), np.uint8), spec.size)
         boxes = _largest_first(in_original_pixels(self._detected(grey), grey.shape, size))

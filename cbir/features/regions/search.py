@@ -1,11 +1,40 @@
-"""What proposers that search in pixels share: a smaller image, and boxes without near duplicates."""
+"""What proposers that search in pixels share: their settings, a smaller image, and boxes without near duplicates."""
+
+from abc import ABC, abstractmethod
+from typing import Annotated
 
 import cv2
 import numpy as np
+from pydantic import Field, PositiveInt
 
-from cbir.types import Array, Pixels
+from cbir.features.regions.proposer import ProposerSpec, regions_of
+from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
 
-__all__ = ["distinct", "shrunk"]
+__all__ = ["SearchProposer", "SearchSpec", "Share", "distinct", "shrunk"]
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class SearchSpec(ProposerSpec):
+    """Which of the boxes that are found stay, and in how large an image they are sought."""
+
+    min_area: Share = Field(default=0.01, description="area of the smallest box, as a share of the image's")
+    iou: Share = Field(default=0.75, description="the largest overlap with a box before it")
+    max_boxes: PositiveInt = Field(default=100, description="the most boxes, besides the whole image")
+    size: PositiveInt = Field(default=320, description="the longest side in pixels, never enlarged")
+    whole: bool = Field(default=True, description="the whole image as first box")
+
+
+class SearchProposer(ABC):
+    """A proposer that looks at one image after the other."""
+
+    def propose(self, batch: ImageBatch) -> Regions:
+        """The boxes of every image, in the order of the method."""
+        return regions_of([self.boxes(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
+
+    @abstractmethod
+    def boxes(self, image: Pixels, size: Int32s) -> Floats:
+        """The boxes (R, 4) of a decoded image, in pixels of an original of this height and width."""
 
 
 def shrunk(image: Pixels, longest: int) -> Pixels:

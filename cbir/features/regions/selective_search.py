@@ -2,25 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cbir.features.regions.proposer import ProposerSpec, in_original_pixels, regions_of, with_whole
-from cbir.features.regions.search import distinct, shrunk
-from cbir.types import Array, Floats, ImageBatch, Int32s, Pixels, Regions
+from cbir.features.regions.proposer import in_original_pixels, with_whole
+from cbir.features.regions.search import SearchProposer, SearchSpec, Share, distinct, shrunk
+from cbir.types import Array, Floats, Int32s, Pixels
 
 __all__ = ["SelectiveSearch"]
 
 SMALLEST_SIDE = 3
 """Pixels; less is no image to segment."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 
-
-class SelectiveSearch(ProposerSpec):
+class SelectiveSearch(SearchSpec):
     """Selective Search (Uijlings et al. 2013): graph segments of several finenesses and colour spaces, merged step by
     step by the likeness of colour, texture, size and fill; each step gives a box.
 
@@ -34,19 +32,16 @@ class SelectiveSearch(ProposerSpec):
 
     k: PositiveInt = Field(default=150, description="the finest segmentation's threshold; larger for larger segments")
     sigma: PositiveFloat = Field(default=0.8, description="smoothing before the segmentation, in pixels")
-    min_area: Share = Field(default=0.01, description="area of the smallest box, as a share of the image's")
-    iou: Share = Field(default=0.8, description="the largest overlap with an earlier box")
-    max_boxes: PositiveInt = Field(default=100, description="the most boxes, besides the whole image")
+    iou: Share = Field(default=0.8, description="the largest overlap with a box before it")
     size: PositiveInt = Field(default=240, description="the longest side in pixels, never enlarged")
     seed: NonNegativeInt = Field(default=0, description="of the order of the boxes")
-    whole: bool = Field(default=True, description="the whole image as first box")
 
     def build(self, device: str, assets: Mapping[str, Path]) -> "SelectiveSearchProposer":  # noqa: ARG002 - runs on the CPU
         """A proposer on the CPU, whatever the device."""
         return SelectiveSearchProposer(self)
 
 
-class SelectiveSearchProposer:
+class SelectiveSearchProposer(SearchProposer):
     """OpenCV's Selective Search, whose boxes are put into an order of our own.
 
     OpenCV draws its order from the C library's generator, which nothing in Python seeds; the boxes themselves depend on
@@ -57,11 +52,8 @@ class SelectiveSearchProposer:
         self._spec = spec
         self._search: Any = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
 
-    def propose(self, batch: ImageBatch) -> Regions:
-        """The boxes of every image, the most likely objects first."""
-        return regions_of([self._of(*pair) for pair in zip(batch.images, batch.sizes, strict=True)])
-
-    def _of(self, image: Pixels, size: Int32s) -> Floats:
+    def boxes(self, image: Pixels, size: Int32s) -> Floats:
+        """The most likely objects first."""
         spec, small = self._spec, shrunk(image, self._spec.size)
         found = self._ordered(self._found(small), small.shape[0] * small.shape[1])
         boxes = in_original_pixels(distinct(found, spec.iou, spec.max_boxes), small.shape, size)
