@@ -4,8 +4,6 @@ Every setting that changes what is stored enters fingerprints; `workers`, `pools
 """
 
 import posixpath
-import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -21,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from cbir._mistakes import mistakes
 from cbir._yaml import put, read_yaml
 from cbir.collection import InputSpec
 from cbir.encoding.encoder import EncoderSpec
@@ -32,7 +31,7 @@ from cbir.features.regions.proposer import ProposerSpec
 from cbir.images import Limits
 from cbir.index.index import IndexSpec
 from cbir.rerank.reranker import FusionSpec, RerankerSpec
-from cbir.spec import Spec, methods, nearest, one_of
+from cbir.spec import Spec, nearest, one_of
 
 __all__ = [
     "Channel",
@@ -134,7 +133,7 @@ class Channel(Spec):
         for place, method in (("mask", mask), ("proposer", self.proposer)):
             if method is not None and not self.extractor.local:
                 raise ValueError(
-                    f"{place}: needs local features, but {self.extractor.name} has one descriptor per image; "  # type: ignore[attr-defined]
+                    f"{place}: needs local features, but {self.extractor.name} has one descriptor per image; "
                     "remove it, or use a local extractor such as sift"
                     f"{', or deep with a pooling that weighs places' if place == 'mask' else ''}"
                 )
@@ -143,7 +142,7 @@ class Channel(Spec):
         for place, reader in readers.items():
             if reader.needs_regions and self.proposer is None:
                 raise ValueError(
-                    f"{place}: {reader.name} looks at the regions of an image, but nothing proposes any; "  # type: ignore[union-attr]
+                    f"{place}: {reader.name} looks at the regions of an image, but nothing proposes any; "
                     "add proposer: {name: grid} or another one to the channel"
                 )
         return self
@@ -154,20 +153,20 @@ class Channel(Spec):
         for position, encoder in enumerate(self.encoders):
             if encoder.aggregates and not is_local:
                 raise ValueError(
-                    f"encoders.{position}: {encoder.name} aggregates local features, but at this place there is one "  # type: ignore[attr-defined]
+                    f"encoders.{position}: {encoder.name} aggregates local features, but at this place there is one "
                     f"descriptor per image; remove it, or use a local extractor such as sift"
                 )
             if encoder.needs_one_row and is_local:
                 raise ValueError(
-                    f"encoders.{position}: {encoder.name} learns from one descriptor per image, but at this place "  # type: ignore[attr-defined]
+                    f"encoders.{position}: {encoder.name} learns from one descriptor per image, but at this place "
                     "there are local features; put an encoder such as {name: vlad} before it"
                 )
             is_local = is_local and not encoder.aggregates
-        index = self.index.name  # type: ignore[attr-defined]
+        index = self.index.name
         if is_local and not self.index.local:
             raise ValueError(
                 f"encoders: the index {index} holds one descriptor per image, but nothing aggregates the local "
-                f"features of {self.extractor.name}; add an encoder such as {{name: vlad}}, or use an inverted "  # type: ignore[attr-defined]
+                f"features of {self.extractor.name}; add an encoder such as {{name: vlad}}, or use an inverted "
                 "index such as {name: asmk}"
             )
         if self.index.local and not is_local:
@@ -365,62 +364,5 @@ def parse_config(data: Mapping[str, Any], place: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        lines = "\n".join(f"  {mistake}" for mistake in mistakes(error))
         raise ConfigError(f"{place} is not a valid configuration:\n{lines}") from None
-
-
-_ROLES = {
-    "extractor": "extractor",
-    "detector": "detector",
-    "descriptor": "descriptor",
-    "mask": "mask",
-    "proposer": "proposer",
-    "encoder": "encoder",
-    "encoders": "encoder",
-    "index": "index",
-    "fuse": "fusion",
-    "rerank": "reranker",
-    "pooling": "pooling",
-}
-"""The keys under which a method, or a list of methods, of a role stands."""
-
-
-def _explain(detail: Any) -> str:
-    """One mistake in words, beginning with its YAML path."""
-    path, role = _yaml_path(detail["loc"])
-    message, found = detail["msg"].removeprefix("Value error, "), reprlib.repr(detail["input"])
-    match detail["type"]:
-        case "union_tag_invalid":
-            tag = detail["ctx"]["tag"]
-            return f"{path}.name: unknown {role} {tag!r}{nearest(tag, methods(role))}"
-        case "union_tag_not_found":
-            return f"{path}.name: is missing; known are {', '.join(methods(role))}"
-        case "model_attributes_type" | "model_type" if role:
-            return f"{path}: expected a method such as {{name: {next(iter(methods(role)))}}}, found {found}"
-        case "literal_error" if isinstance(detail["input"], str):
-            words = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-            return f"{path}: unknown word {found}{nearest(detail['input'], words)}"
-        case "value_error":  # of a model, whose message begins with the rest of the path
-            return f"{path}.{message}" if path else message
-        case "unknown_key":
-            return f"{path or 'top level'}: {message}"
-        case "missing":
-            return f"{path}: is missing"
-    return f"{path}: {message}, found {found}"
-
-
-def _yaml_path(loc: Sequence[str | int]) -> tuple[str, str]:
-    """The YAML path of a pydantic location, and the role of the method that it ends at, if it does.
-
-    Pydantic also names the chosen member of a union, behind the place of the method.
-    """
-    path: list[str] = []
-    role = ""
-    for part in map(str, loc):
-        if role and part in methods(role):
-            role = ""
-        elif part != "[key]":
-            path.append(part)
-            in_list = part.isdecimal() and len(path) > 1
-            role = _ROLES.get(path[-2] if in_list else part, "")
-    return ".".join(path), role

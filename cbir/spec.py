@@ -19,7 +19,7 @@ import json
 import operator
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -70,6 +70,9 @@ class Method(Spec):
     role: ClassVar[str]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
+
+    if TYPE_CHECKING:
+        name: str
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

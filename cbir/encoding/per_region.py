@@ -22,7 +22,7 @@ def _aggregator(data: Any) -> EncoderSpec:
     """The encoder of this name, which need not have been registered before this module."""
     found = data if isinstance(data, EncoderSpec) else _method_of(data).model_validate(data)
     if not isinstance(found, EncoderSpec) or isinstance(found, PerRegion) or not _gives_one_row(found):
-        name = found.name  # type: ignore[attr-defined]
+        name = found.name
         raise ValueError(f"name: {name} does not make one row of local features; use an encoder such as vlad")
     return found
 
