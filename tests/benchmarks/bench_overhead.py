@@ -1,4 +1,4 @@
-"""What the pipeline costs beside a bare loop: `python tests/benchmarks/bench_overhead.py [images] [rounds]`.
+"""What the pipeline costs beside a bare loop: `bench_overhead.py [images] [rounds] [method ...]`.
 
 `cbir index`, from the start of the command to its end, is held against two plain processes that each take half of the
 shards and do nothing but read, decode, extract, encode and write with the same functions and the codebooks of the
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -135,8 +135,8 @@ def collection(folder: Path, num_images: int) -> Path:
     return folder
 
 
-def methods() -> dict[str, dict[str, Any]]:
-    """The channels to measure; random weights where there are no others, the cost is the same."""
+def methods(wanted: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The channels to measure, all or those wanted; random weights where there are no others, the cost is the same."""
     sift = {
         "extractor": {"name": "sift"},
         "encoders": [{"name": "rootsift"}, {"name": "vlad", "words": 64}],
@@ -147,7 +147,8 @@ def methods() -> dict[str, dict[str, Any]]:
     weights = DATA / "weights" / "mobilenetv2_100_imagenet.safetensors"
     if weights.is_file():
         network |= {"weights": str(weights), "backbone_args": {"pad_type": "same"}}
-    return {"sift_vlad": sift, "deep": {"extractor": network, "index": {"name": "flat"}}}
+    known = {"sift_vlad": sift, "deep": {"extractor": network, "index": {"name": "flat"}}}
+    return {name: channel for name, channel in known.items() if not wanted or name in wanted}
 
 
 def settings(images: Path, store: Path, channel: dict[str, Any], workers: int) -> dict[str, Any]:
@@ -206,11 +207,11 @@ def _batch(images: list[tuple[int, Any]]) -> ImageBatch:
     return ImageBatch(ids, [image.pixels for _, image in images], sizes)
 
 
-def compare_speed(folder: Path, num_images: int, rounds: int) -> None:
+def compare_speed(folder: Path, channels: dict[str, dict[str, Any]], num_images: int, rounds: int) -> None:
     images = collection(folder / "images", num_images)
     print(f"\n{num_images:,} photographs, {rounds} round(s), medians\n")
     print("| method | run | wall s | images/s | CPU s | of the bare loop: wall | CPU |\n|---|---|---|---|---|---|---|")
-    for name, channel in methods().items():
+    for name, channel in channels.items():
         found: dict[str, list[Cost]] = {}
         for _ in range(rounds):
             two, one = (settings(images, folder / f"{name}{workers}", channel, workers) for workers in (2, 1))
@@ -241,10 +242,10 @@ def _print_speed(name: str, num_images: int, found: dict[str, list[Cost]]) -> No
         print(f"| {name} | {many} against one | {statistics.median(speedups):.2f} x | | | | |", flush=True)
 
 
-def compare_memory(folder: Path, num_images: int) -> None:
+def compare_memory(folder: Path, channels: dict[str, dict[str, Any]], num_images: int) -> None:
     print("\nPeak memory of a worker, with a sample and partitions that do not grow with the collection\n")
     print("| method | images | peak of each worker, MB | ratio of the largest |\n|---|---|---|---|")
-    for name, channel in methods().items():
+    for name, channel in channels.items():
         largest = []
         for times in (1, 10):
             images = collection(folder / f"memory-{name}-{times}", times * num_images)
@@ -263,8 +264,9 @@ def main() -> None:
     num_images = int(sys.argv[1]) if len(sys.argv) > 1 else len(photographs())
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     with tempfile.TemporaryDirectory(prefix="cbir-bench-") as folder:
-        compare_speed(Path(folder), num_images, rounds)
-        compare_memory(Path(folder), max(1, min(200, num_images)))
+        channels = methods(sys.argv[3:])
+        compare_speed(Path(folder), channels, num_images, rounds)
+        compare_memory(Path(folder), channels, max(1, min(200, num_images)))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"\n{os.cpu_count()} cores; load over 1, 5 and 15 minutes at the end: {load}.")
 
