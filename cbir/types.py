@@ -19,6 +19,7 @@ __all__ = [
     "FEATURES_SCHEMA",
     "Array",
     "FeatureBatch",
+    "Float64s",
     "Floats",
     "Hits",
     "ImageBatch",
@@ -33,6 +34,7 @@ __all__ = [
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 State = Mapping[str, Array]

@@ -10,9 +10,8 @@ import faiss
 import numpy as np
 
 from cbir.encoding.kmeans import kmeans_in_groups
-from cbir.encoding.product import Float64s
 from cbir.encoding.scan import Grid, WordLists, finite_rows, nearest_of
-from cbir.types import Array, Floats, Int32s, State
+from cbir.types import Array, Float64s, Floats, Int32s, State
 
 __all__ = ["CellAssigner", "ExactAssigner", "HnswAssigner"]
 

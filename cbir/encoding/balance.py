@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt, model_validator
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.moments import Moments
 from cbir.encoding.normalise import Rowwise
-from cbir.encoding.product import Float64s, ReproducibleProduct
+from cbir.encoding.product import ReproducibleProduct
 from cbir.errors import DataError
-from cbir.types import Array, FeatureBatch, State
+from cbir.types import Array, FeatureBatch, Float64s, State
 
 __all__ = ["Balance", "BalanceEncoder", "balancing_reflection", "random_rotation"]
 

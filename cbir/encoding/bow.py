@@ -8,9 +8,8 @@ from pydantic import Field
 from cbir.encoding.codebook import Codebook
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.normalise import l2_normalised
-from cbir.encoding.product import Float64s
 from cbir.encoding.residuals import NearestWords
-from cbir.types import Array, FeatureBatch, Floats, Int64s, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, Int64s, State
 
 __all__ = ["Bow", "BowEncoder", "soft_weights"]
 

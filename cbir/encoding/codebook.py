@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import faiss
 import numpy as np
 
-from cbir.encoding.product import Float64s, ReproducibleProduct
+from cbir.encoding.product import ReproducibleProduct
 from cbir.errors import DataError
-from cbir.types import Array, Floats, Int64s
+from cbir.types import Array, Float64s, Floats, Int64s
 
 __all__ = ["Codebook"]
 

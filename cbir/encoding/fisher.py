@@ -10,9 +10,9 @@ from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.gmm import Gmm
 from cbir.encoding.normalise import l2_normalised, signed_power
 from cbir.encoding.parts import image_box, positions
-from cbir.encoding.product import Float64s, check_dim
+from cbir.encoding.product import check_dim
 from cbir.errors import DataError
-from cbir.types import Array, FeatureBatch, Floats, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, State
 
 __all__ = ["Fisher", "FisherEncoder", "fisher_vector"]
 

@@ -6,9 +6,9 @@ import numba
 import numpy as np
 
 from cbir.encoding.codebook import Codebook
-from cbir.encoding.product import Float64s, check_dim
+from cbir.encoding.product import check_dim
 from cbir.errors import DataError
-from cbir.types import Array
+from cbir.types import Array, Float64s
 
 __all__ = ["Gmm"]
 

@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from cbir.encoding.product import Float64s
 from cbir.encoding.weighted_sum import WeightedSumSpec, gram
+from cbir.types import Float64s
 
 __all__ = ["Gmp", "gmp_weights"]
 

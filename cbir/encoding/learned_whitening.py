@@ -13,9 +13,9 @@ from pydantic import Field
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.moments import Moments
 from cbir.encoding.normalise import BLOCK, l2_normalised
-from cbir.encoding.product import Float64s, ReproducibleProduct
+from cbir.encoding.product import ReproducibleProduct
 from cbir.errors import DataError
-from cbir.types import Array, FeatureBatch, Floats, Int64s, State, image_id
+from cbir.types import Array, FeatureBatch, Float64s, Floats, Int64s, State, image_id
 
 __all__ = ["LearnedWhitening", "LearnedWhiteningEncoder", "read_pairs", "whitening_of_pairs"]
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cbir.encoding.product import Float64s
-from cbir.types import Array
+from cbir.types import Array, Float64s
 
 __all__ = ["Moments"]
 

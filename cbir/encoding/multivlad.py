@@ -4,11 +4,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cbir.encoding.product import Float64s
 from cbir.encoding.residual_sums import GRID, Parts
 from cbir.encoding.vlad_of_sums import SumsSpec
 from cbir.errors import DataError
-from cbir.types import Floats, Int64s
+from cbir.types import Float64s, Floats, Int64s
 
 __all__ = ["TILES", "MultiVlad"]
 

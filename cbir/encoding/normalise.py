@@ -8,8 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from cbir.encoding.encoder import EncoderSpec
-from cbir.encoding.product import Float64s
-from cbir.types import Array, FeatureBatch, Floats, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, State
 
 __all__ = ["L2", "Power", "Rowwise", "RowwiseSpec", "l2_normalised", "signed_power"]
 

@@ -8,9 +8,9 @@ from pydantic import Field
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.moments import Moments
 from cbir.encoding.normalise import BLOCK, l2_normalised
-from cbir.encoding.product import Float64s, ReproducibleProduct
+from cbir.encoding.product import ReproducibleProduct
 from cbir.errors import DataError
-from cbir.types import Array, FeatureBatch, Floats, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, State
 
 __all__ = ["Pca", "PcaEncoder", "principal_components"]
 

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cbir.errors import DataError
-from cbir.types import Array
+from cbir.types import Array, Float64s
 
-__all__ = ["Float64s", "ReproducibleProduct", "check_dim"]
+__all__ = ["ReproducibleProduct", "check_dim"]
 
-Float64s = npt.NDArray[np.float64]
 
 BITS = 26
 """By Cauchy and Schwarz no partial sum of two rows of norm <= 2**26 exceeds 2**52, and float64 counts to 2**53."""

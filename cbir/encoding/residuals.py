@@ -6,8 +6,8 @@ import numba
 import numpy as np
 
 from cbir.encoding.codebook import Codebook
-from cbir.encoding.product import Float64s, ReproducibleProduct
-from cbir.types import Array, Floats, Int64s
+from cbir.encoding.product import ReproducibleProduct
+from cbir.types import Array, Float64s, Floats, Int64s
 
 __all__ = ["NearestWords", "Residuals", "residual_sums"]
 

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cbir.encoding.normalise import RowwiseSpec, signed_power
-from cbir.encoding.product import Float64s
-from cbir.types import Array
+from cbir.types import Array, Float64s
 
 __all__ = ["RootSift"]
 

@@ -4,9 +4,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cbir.encoding.product import Float64s
 from cbir.encoding.residual_sums import Parts
 from cbir.encoding.vlad_of_sums import SumsSpec
+from cbir.types import Float64s
 
 __all__ = ["RVlad"]
 

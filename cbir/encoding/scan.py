@@ -13,9 +13,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from cbir.encoding.product import Float64s
 from cbir.errors import DataError
-from cbir.types import Array, Floats, Int32s, Int64s
+from cbir.types import Array, Float64s, Floats, Int32s, Int64s
 
 __all__ = ["Grid", "WordLists", "finite_rows", "nearest_of"]
 

@@ -14,9 +14,9 @@ from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.gmp import gmp_weights
 from cbir.encoding.moments import Moments
 from cbir.encoding.normalise import l2_normalised, signed_power
-from cbir.encoding.product import Float64s, ReproducibleProduct, check_dim
+from cbir.encoding.product import ReproducibleProduct, check_dim
 from cbir.encoding.weighted_sum import gram
-from cbir.types import Array, FeatureBatch, Floats, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, State
 
 __all__ = ["TriangulationEmbedding", "TriangulationEncoder", "directions"]
 

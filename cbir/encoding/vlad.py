@@ -10,9 +10,8 @@ from pydantic import Field
 from cbir.encoding.codebook import Codebook
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.normalise import l2_normalised, signed_power
-from cbir.encoding.product import Float64s
 from cbir.encoding.residuals import Residuals
-from cbir.types import Array, FeatureBatch, Floats, Int64s, State
+from cbir.types import Array, FeatureBatch, Float64s, Floats, Int64s, State
 
 __all__ = ["Cells", "Vlad", "VladEncoder", "local_bases", "normalised_vlad"]
 

@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from cbir.encoding.encoder import EncoderSpec
-from cbir.encoding.product import Float64s, check_dim
+from cbir.encoding.product import check_dim
 from cbir.encoding.residual_sums import Parts, ResidualSums
 from cbir.encoding.vlad import normalised_vlad
 from cbir.errors import DataError
-from cbir.types import FeatureBatch, Floats, Int64s, Regions, State
+from cbir.types import FeatureBatch, Float64s, Floats, Int64s, Regions, State
 
 __all__ = ["SumsEncoder", "SumsSpec", "VladOfSums"]
 

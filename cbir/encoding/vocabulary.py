@@ -17,10 +17,9 @@ from cbir.encoding.kmeans import (
     two_level_words,
     update,
 )
-from cbir.encoding.product import Float64s
 from cbir.encoding.vocabulary_tree import VocabularyTree
 from cbir.errors import ConfigError, DataError
-from cbir.types import Array, Floats, Int32s, State
+from cbir.types import Array, Float64s, Floats, Int32s, State
 
 __all__ = ["AssignerName", "Begun", "Vocabulary", "WordAssigner", "in_rounds"]
 

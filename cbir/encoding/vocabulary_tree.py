@@ -6,10 +6,9 @@ from typing import ClassVar
 import numpy as np
 
 from cbir.encoding.kmeans import kmeans_in_groups, sampled_rows
-from cbir.encoding.product import Float64s
 from cbir.encoding.scan import WordLists
 from cbir.errors import DataError
-from cbir.types import Array, Floats, Int32s, State
+from cbir.types import Array, Float64s, Floats, Int32s, State
 
 __all__ = ["VocabularyTree"]
 

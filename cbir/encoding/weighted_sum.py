@@ -8,8 +8,8 @@ from pydantic import Field
 
 from cbir.encoding.encoder import EncoderSpec
 from cbir.encoding.normalise import l2_normalised, signed_power
-from cbir.encoding.product import Float64s, ReproducibleProduct
-from cbir.types import Array, FeatureBatch, Floats, State
+from cbir.encoding.product import ReproducibleProduct
+from cbir.types import Array, FeatureBatch, Float64s, Floats, State
 
 __all__ = ["Sum", "WeightedSum", "WeightedSumSpec", "gram"]
 

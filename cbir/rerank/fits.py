@@ -13,11 +13,10 @@ import numpy.typing as npt
 from cbir.rerank.matches import Matches, MatchingSpec
 from cbir.rerank.reranker import SearchContext
 from cbir.rerank.shortlist import rerank_short_lists
-from cbir.types import FeatureBatch, Floats, Hits, Int64s
+from cbir.types import FeatureBatch, Float64s, Floats, Hits, Int64s
 
-__all__ = ["Fit", "Fits", "Flags", "Float64s", "Score", "Verifier", "mapped", "plausible"]
+__all__ = ["Fit", "Fits", "Flags", "Score", "Verifier", "mapped", "plausible"]
 
-Float64s = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Score = Literal["inliers", "ratio", "coverage"]
 

@@ -7,9 +7,9 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from cbir.features.keypoints import frames
-from cbir.rerank.fits import SCORES, Fits, Flags, Float64s, Score, Verifier, plausible
+from cbir.rerank.fits import SCORES, Fits, Flags, Score, Verifier, plausible
 from cbir.rerank.matches import Matches, MatchingSpec
-from cbir.types import FeatureBatch, Floats, Int32s, Int64s
+from cbir.types import FeatureBatch, Float64s, Floats, Int32s, Int64s
 
 __all__ = ["Fsm", "FsmFit"]
 

@@ -7,11 +7,11 @@ import numba
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from cbir.rerank.fits import Flags, Float64s
+from cbir.rerank.fits import Flags
 from cbir.rerank.matches import Matches, MatchingSpec
 from cbir.rerank.reranker import SearchContext
 from cbir.rerank.shortlist import rerank_short_lists
-from cbir.types import FeatureBatch, Floats, Hits, Int32s, Int64s
+from cbir.types import FeatureBatch, Float64s, Floats, Hits, Int32s, Int64s
 
 __all__ = ["Hpm", "HpmReranker", "strengths"]
 

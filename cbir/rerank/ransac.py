@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cbir.rerank.fits import SCORES, Fits, Float64s, Score, Verifier, mapped, plausible
+from cbir.rerank.fits import SCORES, Fits, Score, Verifier, mapped, plausible
 from cbir.rerank.matches import Matches, MatchingSpec
-from cbir.types import FeatureBatch, Floats
+from cbir.types import FeatureBatch, Float64s, Floats
 
 __all__ = ["Ransac", "RansacFit"]
 
