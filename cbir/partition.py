@@ -51,7 +51,7 @@ def _check_size(path: Path, file: StoredFile) -> None:
 
 
 class PartitionLike(Protocol):
-    """What a searcher needs of a partition; the query pool has one whose partition lives in an actor."""
+    """What a searcher asks of a partition, which in a query pool lives in an actor."""
 
     @property
     def low(self) -> int:
@@ -60,6 +60,10 @@ class PartitionLike(Protocol):
 
     def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
         """Hits by channel for encoded queries by channel."""
+        ...
+
+    def matches(self, queries: Mapping[str, FeatureBatch]) -> Mapping[str, Int64s]:
+        """How much each row of the encoded queries matches in this partition, by channel."""
         ...
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
@@ -94,6 +98,10 @@ class Partition:
     def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
         """Hits by channel for encoded queries by channel."""
         return {name: self.indexes[name].search(batch, depth) for name, batch in queries.items()}
+
+    def matches(self, queries: Mapping[str, FeatureBatch]) -> Mapping[str, Int64s]:
+        """How much each row of the encoded queries matches here, by channel; for indexes that damp matches."""
+        return {name: self.indexes[name].matches(batch) for name, batch in queries.items()}
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """Stored features of these images, in this order."""

@@ -14,7 +14,7 @@ from cbir.images import BadImage, Decoded, Limits, View, decode
 from cbir.index.index import Index
 from cbir.layout import ChannelLayout, Layout
 from cbir.partition import LocalFiles
-from cbir.types import FeatureBatch, ImageBatch
+from cbir.types import FeatureBatch, ImageBatch, Int64s
 
 __all__ = ["Box", "QueryEncoder", "encode_all", "encode_queries", "restore_encoders"]
 
@@ -54,9 +54,16 @@ class QueryEncoder:
         return {name: self._query(name, batch) for name, batch in features.items()}
 
     def _query(self, channel: str, batch: FeatureBatch) -> FeatureBatch:
-        batch = encode_queries(self._encoders[channel], batch)
+        return self.asked(channel, encode_queries(self._encoders[channel], batch))
+
+    def asked(self, channel: str, encoded: FeatureBatch) -> FeatureBatch:
+        """What the encoders of a channel made of queries, in the form in which its partitions are asked."""
         index = self._indexes.get(channel)
-        return batch if index is None else index.queries(batch)
+        return encoded if index is None else index.queries(encoded)
+
+    def damped(self, queries: Mapping[str, FeatureBatch], matches: Mapping[str, Int64s]) -> Mapping[str, FeatureBatch]:
+        """Encoded queries with a weight for each row, given how much it matches in all partitions, by channel."""
+        return {name: self._indexes[name].damped(batch, matches[name]) for name, batch in queries.items()}
 
     def signatures(self, channel: str, features: FeatureBatch) -> FeatureBatch:
         """Words and codes of raw features, each with as many words as the index assigns to queries."""

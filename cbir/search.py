@@ -114,8 +114,18 @@ class Searcher:
 
     def channel_hits(self, encoded: Mapping[str, FeatureBatch], depth: int) -> dict[str, Hits]:
         """The best `depth` images of each channel over all partitions."""
+        encoded = self._damped(encoded)
         found = self._ask([functools.partial(part.search, encoded, depth) for part in self.partitions])
         return {name: Hits.merge([hits[name] for hits in found], depth) for name in encoded}
+
+    def _damped(self, encoded: Mapping[str, FeatureBatch]) -> Mapping[str, FeatureBatch]:
+        """Encoded queries, where an index damps what matches much, with the weights that follow from all partitions."""
+        asked = {name: batch for name, batch in encoded.items() if self.config.channels[name].index.damps_matches}
+        if not asked:
+            return encoded
+        found = self._ask([functools.partial(part.matches, asked) for part in self.partitions])
+        matches = {name: np.sum([part[name] for part in found], axis=0) for name in asked}
+        return {**encoded, **self.encoder.damped(asked, matches)}
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """Stored features of any images, in this order."""

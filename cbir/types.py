@@ -96,7 +96,8 @@ class FeatureBatch:
     rows of an image by falling strength, so that the best n are the first n.
 
     Where it is known: `sizes` (N, 2) int32, height and width of the upright originals, else 0; `regions`, boxes that
-    were proposed in the images; `words` (K,) int32, the visual words that an index found for the rows of a query.
+    were proposed in the images; `words` (K,) int32, the visual words that an index found for the rows of a query;
+    `weights` (K,) float64, what each row of a query counts, which is never stored.
     """
 
     image_ids: Int64s
@@ -106,6 +107,7 @@ class FeatureBatch:
     sizes: Int32s = field(default_factory=lambda: np.empty((0, 2), np.int32))
     regions: Regions | None = None
     words: Int32s | None = None
+    weights: Float64s | None = None
 
     def __post_init__(self) -> None:
         n, k = len(self.image_ids), len(self.descriptors)
@@ -118,8 +120,8 @@ class FeatureBatch:
         ends = self.offsets.shape == (n + 1,) and self.offsets[0] == 0 and self.offsets[-1] == k
         if not ends or (self.counts < 0).any():
             raise ValueError(f"offsets {self.offsets.shape} do not divide {k} rows among {n} images")
-        if len(self.geometry) != k or (self.words is not None and len(self.words) != k):
-            raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}; there must be as many words")
+        if any(column is not None and len(column) != k for column in (self.geometry, self.words, self.weights)):
+            raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}; as words and weights must have")
         if self.sizes.shape != (n, 2) or (self.regions is not None and len(self.regions.offsets) != n + 1):
             raise ValueError(f"sizes {self.sizes.shape} and regions must be those of {n} images")
 
@@ -145,7 +147,6 @@ class FeatureBatch:
         """Batches one after the other: `a ++ b`. At least one batch, all of one D and G."""
         parts = list(batches)
         regions = [part.regions for part in parts if part.regions is not None]
-        words = [part.words for part in parts if part.words is not None]
         return cls(
             np.concatenate([part.image_ids for part in parts]),
             _joined([part.offsets for part in parts]),
@@ -153,7 +154,8 @@ class FeatureBatch:
             np.concatenate([part.geometry for part in parts]),
             np.concatenate([part.sizes for part in parts]),
             _joined_regions(regions) if len(regions) == len(parts) else None,
-            np.concatenate(words) if len(words) == len(parts) else None,
+            _joined_columns([part.words for part in parts]),
+            _joined_columns([part.weights for part in parts]),
         )
 
     def __len__(self) -> int:
@@ -190,17 +192,16 @@ class FeatureBatch:
         """The images with these positions, in this order; positions may repeat."""
         offsets, rows = _taken(self.offsets, indices)
         regions = self.regions.take(indices) if self.regions is not None else None
-        words = self.words[rows] if self.words is not None else None
         kept = self.descriptors[rows], self.geometry[rows], self.sizes[indices]
-        return FeatureBatch(self.image_ids[indices], offsets, *kept, regions, words)
+        optional = _rows_of(self.words, rows), _rows_of(self.weights, rows)
+        return FeatureBatch(self.image_ids[indices], offsets, *kept, regions, *optional)
 
     def take_rows(self, chosen: npt.NDArray[np.bool_]) -> "FeatureBatch":
         """The same images with the rows for which `chosen` (K,) is true."""
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(chosen)])[self.offsets]
-        words = self.words[chosen] if self.words is not None else None
-        return replace(
-            self, offsets=offsets, descriptors=self.descriptors[chosen], geometry=self.geometry[chosen], words=words
-        )
+        kept = self.descriptors[chosen], self.geometry[chosen]
+        optional = _rows_of(self.words, chosen), _rows_of(self.weights, chosen)
+        return FeatureBatch(self.image_ids, offsets, *kept, self.sizes, self.regions, *optional)
 
     def with_descriptors(self, descriptors: Array) -> "FeatureBatch":
         """The same images and geometry with other descriptors (K, D')."""
@@ -276,6 +277,16 @@ def _taken(offsets: Int64s, indices: Int64s) -> tuple[Int64s, Int64s]:
     taken = np.zeros(len(indices) + 1, np.int64)
     np.cumsum(counts, out=taken[1:])
     return taken, np.repeat(offsets[indices] - taken[:-1], counts) + np.arange(taken[-1])
+
+
+def _rows_of(column: Array | None, rows: Array) -> Array | None:
+    return None if column is None else column[rows]
+
+
+def _joined_columns(columns: Sequence[Array | None]) -> Array | None:
+    """One column, unless a part has none."""
+    known = [column for column in columns if column is not None]
+    return np.concatenate(known) if len(known) == len(columns) else None
 
 
 def _joined(offsets: Sequence[Int64s]) -> Int64s:

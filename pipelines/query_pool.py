@@ -104,6 +104,11 @@ class _RemotePartition:
         hits: Mapping[str, Hits] = self._call("search", dict(queries), depth)
         return hits
 
+    def matches(self, queries: Mapping[str, FeatureBatch]) -> Mapping[str, Int64s]:
+        """How much each row of the encoded queries matches, by channel."""
+        matches: Mapping[str, Int64s] = self._call("matches", dict(queries))
+        return matches
+
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
         """Stored features of these images."""
         batch: FeatureBatch = self._call("features", channel, image_ids)

@@ -367,4 +367,6 @@ class BackgroundTask(Task):
     def _measured(self, trained: "Trained", asked: FeatureBatch, others: FeatureBatch) -> float:
         partition = trained.index.build(trained.index.entries(encode_all(trained.encoders, others)))
         queries = trained.index.queries(encode_queries(trained.encoders, asked))
+        if self.work.channel.index.damps_matches:
+            queries = trained.index.damped(queries, partition.matches(queries))
         return background(partition.search(queries, len(others)), len(others))

@@ -5,7 +5,7 @@ how vectors lie in blocks (a BLAS product does): scores are then found again in 
 batch of queries nor the number of partitions ever shows in a result.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -52,7 +52,7 @@ _SPARE = 8
 _BLOCK_VALUES = 1 << 21
 
 
-class DensePartition(ABC):
+class DensePartition(SearchIndex):
     """One partition of an index that stores one code per vector. `faiss` is the plain index, ids included."""
 
     def __init__(self, index: faiss.Index, dim: int) -> None:

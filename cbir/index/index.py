@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import pyarrow as pa
 
 from cbir.spec import Method
-from cbir.types import FeatureBatch, Hits, State
+from cbir.types import FeatureBatch, Hits, Int64s, State
 
 __all__ = ["Index", "IndexSpec", "SearchIndex"]
 
@@ -25,6 +25,13 @@ class SearchIndex(Protocol):
     def search(self, queries: FeatureBatch, depth: int) -> Hits:
         """The best `depth` images of this partition for each query image; scores higher is better."""
         ...
+
+    def matches(self, queries: FeatureBatch) -> Int64s:
+        """How much each row (K,) of the queries matches in this partition, as an integer that adds up over partitions.
+
+        ValueError unless `IndexSpec.damps_matches`.
+        """
+        raise ValueError(f"{type(self).__name__} counts no matches of {len(queries)} queries")
 
     def save(self, path: Path) -> None:
         """Write the partition as one file; equal entries give equal bytes."""
@@ -68,6 +75,13 @@ class Index(Protocol):
         """The form in which partitions are asked: done once per query, however many partitions there are."""
         return batch
 
+    def damped(self, queries: FeatureBatch, matches: Int64s) -> FeatureBatch:
+        """Queries with a weight for each row, given how much it matches in all partitions together.
+
+        ValueError unless `IndexSpec.damps_matches`.
+        """
+        raise ValueError(f"{type(self).__name__} does not damp the {len(matches)} rows of {len(queries)} queries")
+
     def state(self) -> State:
         """Everything that `IndexSpec.restore` needs."""
         ...
@@ -94,6 +108,12 @@ class IndexSpec(Method):
     """Whether `Index.queries` does anything, for which a searcher must hold the trained state."""
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
+
+    @property
+    def damps_matches(self) -> bool:
+        """Whether a row of a query counts less the more it matches in the whole collection, so that all partitions
+        have to be asked for `matches` first."""
+        return False
 
     @property
     def trained(self) -> bool:

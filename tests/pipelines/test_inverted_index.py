@@ -15,7 +15,7 @@ from cbir.layout import Layout
 from cbir.types import image_id
 from cbir.versions import Manifest
 from pipelines.estimates import estimate
-from pipelines.indexing import index
+from pipelines.indexing import _Run, index
 from pipelines.query_pool import QueryPool
 from pipelines.reporting import write_search
 
@@ -76,6 +76,24 @@ def test_a_query_pool_serves_it(of_words: tuple[dict[str, Any], Manifest], pictu
     store, query = of_words[0]["store"], pictures["object5/view2.jpg"]
     with QueryPool(store, num_actors=1) as pool:
         assert pool.search(query, depth=5) == cbir.open(store).search(query, depth=5)
+
+
+def test_inter_image_burstiness_is_the_same_over_partitions_and_in_a_pool(
+    settings: Callable[..., dict[str, Any]], pictures: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, found = pictures["object5/view2.jpg"], []
+    for number, burst in ((1, "both"), (3, "both"), (1, "none")):
+        monkeypatch.setattr(_Run, "_num_partitions", lambda *_, number=number: number)
+        he = {"name": "he", "words": 64, "bits": 64, "query_assignments": 2, "burst": burst}
+        store = str(tmp_path / f"{burst}{number}")
+        index(parse_config(settings(store=store, channels={"local": {**CHANNEL, "index": he}}, search={}), "the test"))
+        found.append(cbir.open(store).search(query, depth=20))
+        if number == 3:
+            with QueryPool(store, num_actors=2) as pool:
+                assert pool.search(query, depth=20) == found[-1]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+    assert all(results[0].key == "object5/view2.jpg" for results in found)
 
 
 def test_settings_of_the_kernel_do_not_train_the_codebook_again(config: Callable[..., Config], tmp_path: Path) -> None:

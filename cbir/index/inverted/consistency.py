@@ -24,11 +24,10 @@ import numpy.typing as npt
 
 from cbir.errors import DataError
 from cbir.index.inverted.scoring import next_gap, num_ones
-from cbir.types import Floats, Int32s, Int64s, Pixels
+from cbir.types import Float64s, Floats, Int32s, Int64s, Pixels
 
 __all__ = ["NUM_COLUMNS", "Asked", "Stored", "Votes", "coded_geometry", "peaks", "vote", "windows"]
 
-Float64s = npt.NDArray[np.float64]
 
 NUM_COLUMNS = 2
 """Bytes that a posting keeps."""

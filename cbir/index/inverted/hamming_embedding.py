@@ -13,6 +13,8 @@ from cbir.index.inverted.inverted import InvertedSpec, Phi
 from cbir.index.inverted.kernels import BinaryKernel, ConsistentKernel, MatchKernel
 from cbir.types import FeatureBatch, Floats, Int32s, State
 
+Burst = Literal["none", "intra", "inter", "both"]
+
 __all__ = ["HammingEmbedding"]
 
 
@@ -21,7 +23,10 @@ class HammingEmbedding(InvertedSpec):
     median of its word, which gives its bits; features of a word match at a Hamming distance h <= `threshold`, and
     count exp(-h^2 / (2 sigma^2)).
 
-    `sigma: 0` counts every match as one. `burst` damps repeated structures inside an image (Jégou et al. 2009).
+    `sigma: 0` counts every match as one. `burst` damps repeated structures (Jégou et al., On the burstiness of visual
+    elements, CVPR 2009): a match s of a query's feature counts s sqrt(s / t), where t is what this feature matches in
+    the same image (intra), or s / sqrt(t), where t is what it matches in all images (inter), for which all partitions
+    are asked twice; both: the one, then the other.
     `geometry` is weak geometric consistency (WGC), inside the index: of what the matches of an image count, only the
     part that agrees on one turn and one change of scale is added up.
     """
@@ -38,7 +43,11 @@ class HammingEmbedding(InvertedSpec):
         default=24, description="largest Hamming distance of a match; 22 with several assignments"
     )
     sigma: NonNegativeFloat = Field(default=16.0, description="width of the weighting; 0: every match counts one")
-    burst: bool = Field(default=False, description="damp matches of one query feature with many features of an image")
+    burst: Burst = Field(
+        default="none",
+        description="damp the matches of one query feature with many features of an image (intra), of all images "
+        "(inter), or both",
+    )
     geometry: bool = Field(
         default=False,
         description="weak geometric consistency: keep two more bytes of a feature, its angle and scale, and score an "
@@ -56,7 +65,12 @@ class HammingEmbedding(InvertedSpec):
         distances = np.arange(dim + 1)
         weights = np.exp(-(distances**2) / (2 * self.sigma**2)) if self.sigma else np.ones(dim + 1)
         kernel = ConsistentKernel if self.geometry else BinaryKernel
-        return kernel(np.where(distances <= self.threshold, weights, 0.0), burst=self.burst)
+        return kernel(np.where(distances <= self.threshold, weights, 0.0), burst=self.burst in ("intra", "both"))
+
+    @property
+    def damps_matches(self) -> bool:
+        """With inter-image burstiness."""
+        return self.burst in ("inter", "both")
 
     def fit(self, vocabulary: Vocabulary, sample: FeatureBatch, seed: int) -> State:
         """`projection` (bits, D), rows of Q of a Gaussian matrix, and `medians` (W, bits) of each word's features."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -25,12 +24,11 @@ from cbir.index.inverted.embedding import Embedded, binarised
 from cbir.index.inverted.kernels import ConsistentKernel, MatchKernel
 from cbir.index.inverted.partition import InvertedPartition, group_starts, rounded
 from cbir.index.inverted.postings import Slice, read_slice
-from cbir.index.inverted.scoring import encode_gaps
-from cbir.types import Array, FeatureBatch, Floats, Int32s, Int64s, Pixels, State
+from cbir.index.inverted.scoring import MATCH_UNITS, encode_gaps
+from cbir.types import Array, FeatureBatch, Float64s, Floats, Int32s, Int64s, Pixels, State
 
 __all__ = ["InvertedIndex", "InvertedSpec", "Phi"]
 
-Float64s = npt.NDArray[np.float64]
 
 _GEOMETRY = ("angle", "scale")
 
@@ -240,6 +238,12 @@ class InvertedIndex(Index):
         codes = self.kernel.code(embedded.vectors)
         queries = FeatureBatch(batch.image_ids, offsets, codes, sizes=batch.sizes, words=embedded.words)
         return replace(queries, geometry=batch.geometry[embedded.rows]) if self._consistent else queries
+
+    def damped(self, queries: FeatureBatch, matches: Int64s) -> FeatureBatch:
+        """Every row counts 1 / sqrt(matches); one that matches nothing counts 1."""
+        if not self.spec.damps_matches:
+            return super().damped(queries, matches)
+        return replace(queries, weights=1.0 / np.sqrt(np.where(matches > 0, matches / MATCH_UNITS, 1.0)))
 
     def signatures(self, batch: FeatureBatch) -> FeatureBatch:
         """Every stored feature's nearest word and the signs of its residual to it, packed; rows stay in order.

@@ -19,6 +19,7 @@ from cbir.index.inverted.embedding import binarised, unit_rows
 from cbir.index.inverted.postings import Slice
 from cbir.index.inverted.scoring import (
     binary_masses,
+    count_matches,
     float_masses,
     score_binary,
     score_binary_bursts,
@@ -26,7 +27,7 @@ from cbir.index.inverted.scoring import (
     score_counts,
     score_float,
 )
-from cbir.types import Array, Floats, Int32s, Int64s, Pixels
+from cbir.types import Array, Float64s, Floats, Int32s, Int64s, Pixels
 
 __all__ = [
     "BinaryKernel",
@@ -39,8 +40,6 @@ __all__ = [
     "QueryRows",
     "monomial_table",
 ]
-
-Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,21 @@ class BinaryKernel:
             part.codes.view(np.uint64),
             self.table,
         )
+
+    def matches(self, rows: QueryRows, part: Slice, kept: npt.NDArray[np.bool_]) -> Int64s:
+        """What each of the query's rows (n,) matches in the kept images of a slice: `scoring.count_matches`."""
+        counts: Int64s = count_matches(
+            kept,
+            rows.slots,
+            np.ascontiguousarray(rows.codes).view(np.uint64),
+            part.starts,
+            part.begins,
+            part.gaps,
+            part.codes.view(np.uint64),
+            self.table,
+            self.burst,
+        )
+        return counts
 
     def final(self, scores: Float64s, own: float, others: Float64s) -> Float64s:
         """With gamma, if that is wanted."""

@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from cbir.errors import DataError
+from cbir.index.index import SearchIndex
 from cbir.index.inverted.consistency import coded_geometry
-from cbir.index.inverted.kernels import ConsistentKernel, Images, MatchKernel, QueryRows
+from cbir.index.inverted.kernels import BinaryKernel, ConsistentKernel, Images, MatchKernel, QueryRows
 from cbir.index.inverted.postings import Slice, write_slice
-from cbir.types import Array, FeatureBatch, Floats, Hits, Int32s, Int64s, Pixels
+from cbir.types import Array, FeatureBatch, Float64s, Floats, Hits, Int32s, Int64s, Pixels
 
 __all__ = ["InvertedPartition", "group_starts", "rounded"]
 
-Float64s = npt.NDArray[np.float64]
 
 _GRAIN = 2.0**-32
 
@@ -32,7 +31,7 @@ def group_starts(numbers: Int64s, words: Int32s) -> Int64s:
     return np.append(np.flatnonzero(new), len(words)).astype(np.int64)
 
 
-class InvertedPartition:
+class InvertedPartition(SearchIndex):
     """The postings of one partition."""
 
     def __init__(self, kernel: Callable[[int], MatchKernel], slices: Sequence[Slice]) -> None:
@@ -52,10 +51,36 @@ class InvertedPartition:
     def search(self, queries: FeatureBatch, depth: int) -> Hits:
         """The best `depth` images per query that share a word with it; what `Index.queries` returned is asked.
 
+        `queries.weights`, where there are any, say what the query's rows count beside the weights of their words.
         ValueError for a depth below one or queries without words, DataError for codes of another length.
         """
         if depth < 1:
             raise ValueError(f"depth must be at least 1, found {depth}")
+        words, codes = self._words(queries), queries.descriptors
+        consistent = isinstance(self._kernel, ConsistentKernel)
+        geometry = coded_geometry(queries.geometry) if consistent else np.empty((len(words), 0), np.uint8)
+        weights = np.ones(len(words)) if queries.weights is None else queries.weights
+        owned = [queries.rows(i) for i in range(len(queries))]
+        hits = [self._search(words[rows], codes[rows], geometry[rows], weights[rows], depth) for rows in owned]
+        ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
+        scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
+        return Hits(np.concatenate(ids), np.concatenate(scores))
+
+    def matches(self, queries: FeatureBatch) -> Int64s:
+        """What each row (K,) of the queries matches in the images of this partition, before weights, in units of 2^-20.
+
+        ValueError for a method that does not compare binary codes.
+        """
+        if not isinstance(self._kernel, BinaryKernel):
+            return super().matches(queries)
+        words, counts = self._words(queries), np.zeros(len(queries.descriptors), np.int64)
+        for part, numbers in zip(self._slices, self._numbers, strict=True):
+            rows = QueryRows(part.slots(words), np.ones(len(words)), queries.descriptors, np.empty((0, 0), np.uint8))
+            counts += self._kernel.matches(rows, part, ~self._deleted[numbers])
+        return counts
+
+    def _words(self, queries: FeatureBatch) -> Int32s:
+        """The words of queries that this partition can be asked."""
         if queries.words is None:
             raise ValueError("queries have no words: an inverted file is asked what its index's `queries` returns")
         if queries.descriptors.shape[1] != self._kernel.width:
@@ -63,18 +88,12 @@ class InvertedPartition:
                 f"these queries have codes of {queries.descriptors.shape[1]} numbers, this index of "
                 f"{self._kernel.width}; encode them with the index of the same version"
             )
-        words, codes = queries.words, queries.descriptors
-        consistent = isinstance(self._kernel, ConsistentKernel)
-        geometry = coded_geometry(queries.geometry) if consistent else np.empty((len(words), 0), np.uint8)
-        owned = [queries.rows(i) for i in range(len(queries))]
-        hits = [self._search(words[rows], codes[rows], geometry[rows], depth) for rows in owned]
-        ids = [hit.image_ids for hit in hits] or [np.empty((0, depth), np.int64)]
-        scores = [hit.scores for hit in hits] or [np.empty((0, depth), np.float32)]
-        return Hits(np.concatenate(ids), np.concatenate(scores))
+        return queries.words
 
-    def _search(self, words: Int32s, codes: Array, geometry: Pixels, depth: int) -> Hits:
+    def _search(self, words: Int32s, codes: Array, geometry: Pixels, counted: Float64s, depth: int) -> Hits:
         weights = self._slices[0].weights[words]
-        scores = self._scores([QueryRows(part.slots(words), weights, codes, geometry) for part in self._slices])
+        rows = [QueryRows(part.slots(words), weights * counted, codes, geometry) for part in self._slices]
+        scores = self._scores(rows)
         scores[self._deleted] = 0.0
         starts = group_starts(np.zeros(len(words), np.int64), words)
         own = self._kernel.masses(starts, codes)

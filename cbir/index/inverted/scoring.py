@@ -15,10 +15,12 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import intrinsic
 
-from cbir.types import Floats, Int32s, Int64s, Pixels
+from cbir.types import Float64s, Floats, Int32s, Int64s, Pixels
 
 __all__ = [
+    "MATCH_UNITS",
     "binary_masses",
+    "count_matches",
     "encode_gaps",
     "float_masses",
     "next_gap",
@@ -30,7 +32,9 @@ __all__ = [
     "score_float",
 ]
 
-Float64s = npt.NDArray[np.float64]
+
+MATCH_UNITS = 2.0**20
+"""By which `count_matches` multiplies."""
 
 
 @intrinsic
@@ -153,6 +157,52 @@ def score_binary_bursts(
             total += similarity
         if total > 0.0:
             scores[numbers[last]] += weight * mass / math.sqrt(total)
+
+
+@numba.njit(cache=True, nogil=True)
+def count_matches(
+    kept: npt.NDArray[np.bool_],
+    slots: Int64s,
+    codes: npt.NDArray[np.uint64],
+    starts: Int64s,
+    begins: Int64s,
+    coded: Pixels,
+    stored: npt.NDArray[np.uint64],
+    table: Float64s,
+    burst: bool,
+) -> Int64s:
+    """What the matches of each query row (q,) with the kept images of a file count together, before weights, in units
+    of 2^-20, so that any partition of the images adds up to the same; with `burst` as `score_binary_bursts` does."""
+    counts = np.zeros(len(slots), np.int64)
+    for row in range(len(slots)):
+        slot = slots[row]
+        if slot < 0:
+            continue
+        at, image = begins[slot], np.int64(0)
+        last, mass, total = np.int64(-1), 0.0, 0.0
+        for position in range(starts[slot], starts[slot + 1]):
+            gap, at = next_gap(coded, at)
+            image += gap
+            if not kept[image]:
+                continue
+            distance = np.uint64(0)
+            for part in range(codes.shape[1]):
+                distance += num_ones(codes[row, part] ^ stored[position, part])
+            similarity = table[distance]
+            if image != last:
+                counts[row] += _in_units(mass, total, burst)
+                last, mass, total = image, 0.0, 0.0
+            mass += similarity * math.sqrt(max(similarity, 0.0))
+            total += similarity
+        counts[row] += _in_units(mass, total, burst)
+    return counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _in_units(mass: float, total: float, burst: bool) -> Any:
+    if total <= 0.0:
+        return np.int64(0)
+    return np.int64(np.round(MATCH_UNITS * (mass / math.sqrt(total) if burst else total)))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

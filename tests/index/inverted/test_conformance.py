@@ -17,7 +17,7 @@ from cbir.types import FeatureBatch, Hits
 from tests.index.inverted.features import DIM, SEED, assert_same, local_features
 
 INDEXES = {name: spec for name, spec in methods("index").items() if spec.local}
-VARIANTS = {"binary": False, "geometry": True, "idf": True, "burst": True, "naive": True, "root": True}
+VARIANTS = {"binary": False, "geometry": True, "idf": True, "burst": "both", "naive": True, "root": True}
 DEPTH = 12
 WORDS = 16
 

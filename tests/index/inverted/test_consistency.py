@@ -74,7 +74,7 @@ def brute_force(index: InvertedIndex, query: FeatureBatch, postings: list[dict],
         same = [posting for posting in postings if posting["word"] == word]
         distances = [sum((a ^ b).bit_count() for a, b in zip(code.tolist(), p["code"], strict=True)) for p in same]
         worth = [float(np.exp(-(h**2) / 32)) if h <= 6 else 0.0 for h in distances]
-        if index.spec.burst and any(worth):
+        if index.spec.burst == "intra" and any(worth):
             worth = [value * np.sqrt(value / sum(worth)) for value in worth]
         for posting, value in zip(same, worth, strict=True):
             turn = round((posting["angle"] - angle + 0.1) / 4) % 64  # a difference between two bins goes to the upper
@@ -87,7 +87,7 @@ def brute_force(index: InvertedIndex, query: FeatureBatch, postings: list[dict],
     return min(max(smoothed), max(sum(padded[n : n + 3]) for n in range(32)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"burst": True}, {"query_assignments": 2, "assignments": 2}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"burst": "intra"}, {"query_assignments": 2, "assignments": 2}], ids=str)
 def test_scores_are_the_smaller_of_the_peaks_of_both_histograms(fields):
     index, batch, queries = trained(geometry=True, **fields), local_features(20, 2), local_features(5, 3)
     entries = index.entries(batch)
@@ -112,7 +112,7 @@ def test_scores_are_the_smaller_of_the_peaks_of_both_histograms(fields):
 @pytest.mark.parametrize("window", [1, 7, 50])
 def test_neither_windows_nor_ranges_of_words_show(window, monkeypatch, tmp_path):
     index, batch, queries = (
-        trained(geometry=True, word_ranges=3, burst=True),
+        trained(geometry=True, word_ranges=3, burst="intra"),
         local_features(50, 2),
         local_features(9, 3),
     )
