@@ -16,11 +16,13 @@ help: ## show this list
 install: $(INSTALLED) ## create .venv with the pinned dependencies (again when these change)
 
 # The stamp comes last, so that an interrupted installation is made again. Running pip over an existing environment
-# leaves what already fits; packages that are no longer pinned do no harm.
+# leaves what already fits; packages that are no longer pinned do no harm. Python compiles what is imported, a fraction
+# of all, when it is imported first.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, a few minutes the first time ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,openvino]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+	  -e '.[demo,dev,openvino]'
 	@touch $@
 
 demo: demo/ground_truth.csv ## index, search and measure a small collection of real photographs, in a minute or two
@@ -35,10 +37,11 @@ demo/ground_truth.csv: $(INSTALLED) pipelines/demo.py
 	@rm -rf demo/images demo/queries $@
 	$(BIN)/python -m pipelines.demo demo
 
-# In two processes, which have no terminal to take a width from; tests that start servers and clusters come last.
+# In two processes, which have no terminal to take a width from; tests that start servers and clusters come last, in
+# three, because they often wait.
 test: $(INSTALLED) ## run all tests
-	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/service
-	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile tests/service
+	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile --durations 10 --ignore tests/service
+	COLUMNS=240 $(BIN)/pytest -n 3 --dist loadfile --durations 20 tests/service
 
 lint: $(INSTALLED) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
