@@ -299,6 +299,7 @@ class Config(Spec):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         self._check_store()
+        self._check_input()
         self._check_fusion()
         for position, reranker in enumerate(self.search.rerank):
             self._check_reranker(f"search.rerank.{position}", reranker)
@@ -310,6 +311,21 @@ class Config(Spec):
                 raise ValueError(
                     f"store: {self.store} lies in images.{position} ({source}), where its files would be taken for "
                     "images; choose a place outside of it"
+                )
+
+    def _check_input(self) -> None:
+        has_vectors = self.input.format == "vectors"
+        for name, channel in self.channels.items():
+            extractor = channel.extractor
+            if extractor.reads_vectors and not has_vectors:
+                raise ValueError(
+                    f"channels.{name}.extractor: {extractor.name} takes vectors of Parquet files in place of images; "
+                    "set input.format: vectors"
+                )
+            if has_vectors and not extractor.reads_vectors:
+                raise ValueError(
+                    f"channels.{name}.extractor: {extractor.name} needs pictures, but input.format: vectors has none; "
+                    "use {name: vectors, dim: ...}, or another input.format"
                 )
 
     def _check_fusion(self) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cbir.collection import ImageShard, RawImage, read_images
+from cbir.collection import ImageShard, RawImage, read_images, read_vectors
 from cbir.config import Channel, Config, Pool
 from cbir.errors import DataError
 from cbir.features.describer import Describer
+from cbir.features.vectors import Vectors
 from cbir.images import BadImage, decode
 from cbir.types import FeatureBatch, ImageBatch, image_id
 from pipelines.assets import check_codebooks, read_assets
@@ -80,8 +81,12 @@ def estimate(config: Config) -> Estimate:
     shards = plan(config)
     for name in config.channels:
         check_codebooks(config, name)
-    raw = _some_images(config, shards)
-    trials = {name: _try(channel, config, name, raw) for name, channel in config.channels.items()}
+    if config.input.format == "vectors":
+        raw: list[RawImage] = []
+        trials = {name: _try_vectors(channel, config, shards[0]) for name, channel in config.channels.items()}
+    else:
+        raw = _some_images(config, shards)
+        trials = {name: _try(channel, config, name, raw) for name, channel in config.channels.items()}
     num_bytes = sum(shard.num_bytes for shard in shards)
     images, counted = _count(shards, raw)
     disk = {name: images * trial.disk_bytes(config.channels[name]) for name, trial in trials.items()}
@@ -144,6 +149,19 @@ def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -
         parts.append(describer.describe(ImageBatch(ids, [result.pixels for _, result in some], sizes)))
     seconds = time.perf_counter() - start
     return _trial(channel, FeatureBatch.concatenate(parts), seconds, len(raw))
+
+
+def _try_vectors(channel: Channel, config: Config, shard: ImageShard) -> _Trial:
+    """Read the first vectors of a shard."""
+    spec = channel.extractor
+    assert isinstance(spec, Vectors)
+    start = time.perf_counter()
+    rows = next(read_vectors(shard, config.input, spec.dim, spec.dtype), None)
+    if rows is None:
+        raise DataError(f"no vector in {shard.name}")
+    ids = np.array([image_id(key) for key in rows.keys], np.int64)
+    features = FeatureBatch.of_global(ids, rows.vectors).take(np.flatnonzero([not reason for reason in rows.reasons]))
+    return _trial(channel, features, time.perf_counter() - start, len(rows.keys))
 
 
 def _build(channel: Channel, path: str) -> Describer:

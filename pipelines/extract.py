@@ -16,12 +16,13 @@ from cbir.artifacts import Done
 from cbir.collection import ImageShard, InputSpec, RawImage, read_images
 from cbir.config import Config
 from cbir.images import BadImage, Decoded, Limits
+from cbir.layout import IDS_SCHEMA
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, ImageBatch, image_id
 from pipelines.tables import QUARANTINE_SCHEMA, ShardWriter, sorted_table, write_parquet
 from pipelines.work import ChannelWork, Task, Worker
 
-__all__ = ["ExtractTask"]
+__all__ = ["NO_IMAGES", "ExtractTask"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ class ExtractTask(Task):
             num_features += len(features.descriptors)
             num_regions += len(features.regions.boxes) if features.regions is not None else 0
             with worker.timer.phase("write"):
-                writer.add(features, [self._row(raw, digest, decoded) for raw, digest, decoded in images])
+                rows = [self._row(raw, digest, decoded) for raw, digest, decoded in images]
+                writer.add(features, pa.Table.from_pylist(rows, schema=IDS_SCHEMA))
         counts = {"features": num_features, "bytes": num_bytes + sum(row["num_bytes"] for row in bad)}
         if self.work.channel.proposer is not None:
             counts["regions"] = num_regions
-        return self._commit(worker, writer, describer.describe(_NO_IMAGES), bad, counts)
+        return self.commit(worker, writer, describer.describe(NO_IMAGES), bad, counts)
 
     def _decoded(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[RawImage, bytes, Decoded]]:
         decoder = worker.decoder(self.work.channel.extractor.view, self.limits)
@@ -83,7 +85,7 @@ class ExtractTask(Task):
                 return
             (raw, digest), result = item
             if isinstance(result, BadImage):
-                bad.append(self._quarantined(raw, result.reason, result.detail))
+                bad.append(self.quarantined(raw, result.reason, result.detail))
             else:
                 yield raw, digest, result
 
@@ -95,11 +97,12 @@ class ExtractTask(Task):
             if raw is None:
                 return
             if raw.data is None:
-                bad.append(self._quarantined(raw, "too_many_bytes", f"over {self.limits.megabytes:g} MB"))
+                bad.append(self.quarantined(raw, "too_many_bytes", f"over {self.limits.megabytes:g} MB"))
             else:
                 yield (replace(raw, data=None), hashlib.sha256(raw.data).digest()), raw.data
 
-    def _quarantined(self, raw: RawImage, reason: str, detail: str) -> dict[str, Any]:
+    def quarantined(self, raw: RawImage, reason: str, detail: str) -> dict[str, Any]:
+        """The row of the ledger for an image that cannot be used."""
         return {
             "image_id": image_id(raw.key),
             "key": raw.key,
@@ -128,7 +131,7 @@ class ExtractTask(Task):
             "width": decoded.size[1],
         }
 
-    def _commit(
+    def commit(
         self,
         worker: Worker,
         writer: ShardWriter,
@@ -136,6 +139,7 @@ class ExtractTask(Task):
         bad: list[dict[str, Any]],
         counts: dict[str, int],
     ) -> Done:
+        """Write what was found, and the record."""
         features, quarantine = worker.scratch("features.parquet"), worker.scratch("quarantine.parquet")
         with worker.timer.phase("write"):
             ids = writer.finish(features, empty)
@@ -158,7 +162,7 @@ class ExtractTask(Task):
 
 _BOX_BYTES = 16
 
-_NO_IMAGES = ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32))
+NO_IMAGES = ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32))
 
 
 def _batches(

@@ -22,6 +22,7 @@ from pipelines.assembly import Built, Part, channel_layout, checked_counts, mani
 from pipelines.assets import channel_work
 from pipelines.executor import Executor, executor_for, pending
 from pipelines.extract import ExtractTask
+from pipelines.extract_vectors import VectorsTask
 from pipelines.gate import EvaluateTask, check_ground_truth
 from pipelines.stages import BuildTask, CatalogTask, Extracted, MergeTask, PublishFeaturesTask, TotalsTask
 from pipelines.training import (
@@ -151,7 +152,8 @@ class _Run:
 
     def extract(self, shards: Sequence[ImageShard], works: Sequence[ChannelWork]) -> dict[str, list[Extracted]]:
         """The features of every shard, by channel; DataError if too many images have none."""
-        tasks = [ExtractTask.of(shard, work, self.config) for work in works for shard in shards]
+        kind = VectorsTask if self.config.input.format == "vectors" else ExtractTask
+        tasks = [kind.of(shard, work, self.config) for work in works for shard in shards]
         dones = self._stage("extract", tasks, self.config.pools.extract, check=self._check_quarantine)
         self._check_quarantine(dones, least=1)
         return {

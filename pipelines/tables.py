@@ -6,7 +6,6 @@ partitions than row groups in a shard, a merge over all partitions reads every b
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,26 +73,26 @@ class ShardWriter:
         self._scratch = scratch
         self._sink = pa.OSFile(str(scratch), "wb")
         self._writer: pa.RecordBatchFileWriter | None = None
-        self._rows: list[dict[str, Any]] = []
+        self._ids = [IDS_SCHEMA.empty_table()]
         self._num_bytes = 0
 
-    def add(self, batch: FeatureBatch, rows: list[dict[str, Any]]) -> None:
+    def add(self, batch: FeatureBatch, ids: pa.Table) -> None:
         """Append a batch and its rows of the id map."""
         record = batch.to_arrow()
         if self._writer is None:
             self._writer = pa.ipc.new_file(self._sink, record.schema)
         self._writer.write_batch(record)
-        self._rows += rows
+        self._ids.append(ids)
         self._num_bytes += batch.descriptors.nbytes + batch.geometry.nbytes
 
     def finish(self, target: Path, empty: FeatureBatch) -> pa.Table:
         """Write the sorted Parquet file; `empty` gives dtype and widths if nothing was added. Returns the id rows."""
         if self._writer is None:
-            self.add(empty, [])
+            self.add(empty, IDS_SCHEMA.empty_table())
         assert self._writer is not None
         self._writer.close()
         self._sink.close()
-        ids = pa.Table.from_pylist(self._rows, schema=IDS_SCHEMA)
+        ids = pa.concat_tables(self._ids)
         order = pc.sort_indices(ids, [("image_id", "ascending")])
         features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
         own = [field for field in FEATURES_SCHEMA if field.name not in IDS_SCHEMA.names]

@@ -10,6 +10,7 @@ from cbir.collection.names import kind_of, refuse_compressed
 from cbir.collection.parquet import count_rows
 from cbir.collection.roots import objects_under
 from cbir.collection.shard import ImageShard, InputSpec, Kind
+from cbir.collection.vectors import count_vectors
 from cbir.errors import DataError
 from cbir.storage import ObjectInfo, Store
 from cbir.types import image_id
@@ -49,11 +50,16 @@ def _chosen(
     store: Store, infos: Iterable[ObjectInfo], spec: InputSpec, is_named: bool
 ) -> Iterator[tuple[Kind, ObjectInfo]]:
     for info in infos:
-        kind = spec.format if is_named and spec.format != "auto" else kind_of(info.key)
+        kind = spec.format if is_named and spec.format != "auto" else _kind(info.key, spec)
         if kind is not None and spec.format in ("auto", kind):
             if kind == "tar":
                 refuse_compressed(store.place(info.key))
             yield kind, info
+
+
+def _kind(key: str, spec: InputSpec) -> Kind | None:
+    kind = kind_of(key)
+    return "vectors" if kind == "parquet" and spec.format == "vectors" else kind
 
 
 def _shards(source: str, root: str, chosen: Iterable[tuple[Kind, ObjectInfo]], spec: InputSpec) -> Iterator[ImageShard]:
@@ -65,7 +71,7 @@ def _shards(source: str, root: str, chosen: Iterable[tuple[Kind, ObjectInfo]], s
     group: list[ObjectInfo] = []
     for kind, info in chosen:
         if kind != "files":
-            yield ImageShard(info.key, kind, source, root, (info,), spec.columns if kind == "parquet" else ())
+            yield ImageShard(info.key, kind, source, root, (info,), spec.columns(kind))
             continue
         group.append(info)
         is_cut = image_id(info.key) % spec.shard_images == 0
@@ -82,9 +88,12 @@ def _group_shard(source: str, root: str, group: Sequence[ObjectInfo]) -> ImageSh
 
 
 def _with_rows(store: Store, spec: InputSpec, shard: ImageShard) -> ImageShard:
-    if shard.kind != "parquet":
-        return shard
-    return replace(shard, num_images=count_rows(store, shard.objects[0], spec))
+    match shard.kind:
+        case "parquet":
+            return replace(shard, num_images=count_rows(store, shard.objects[0], spec))
+        case "vectors":
+            return replace(shard, num_images=count_vectors(store, shard.objects[0], spec))
+    return shard
 
 
 def _with_unique_names(shards: Iterable[ImageShard]) -> Iterator[ImageShard]:

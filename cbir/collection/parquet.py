@@ -1,6 +1,6 @@
 """Images in Parquet: one row per image, a column of keys and a column of the bytes of image files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
@@ -13,7 +13,7 @@ from cbir.errors import DataError
 from cbir.spec import nearest
 from cbir.storage import ObjectInfo, Store
 
-__all__ = ["count_rows", "read_parquet", "read_row"]
+__all__ = ["check_column", "count_rows", "explained", "footer", "is_key", "opened", "read_parquet", "read_row"]
 
 BUFFER_BYTES = 4 << 20
 """What is read at a time of a column: a row group costs no more memory than its largest page, however long it is."""
@@ -26,14 +26,14 @@ FOOTER_BYTES = 64 << 10
 
 def count_rows(store: Store, info: ObjectInfo, spec: InputSpec) -> int:
     """Rows of a file, from its footer. DataError if it is no Parquet file or lacks a column of the right type."""
-    with _explained(store, info.key), pq.ParquetFile(pa.BufferReader(_footer(store, info))) as file:
+    with explained(store, info.key), pq.ParquetFile(pa.BufferReader(footer(store, info))) as file:
         _leaves(file.schema_arrow, spec, store.place(info.key))
         return int(file.metadata.num_rows)
 
 
 def read_parquet(store: Store, key: str, spec: InputSpec, max_bytes: int) -> Iterator[RawImage]:
     """Every row, in small batches. DataError if a key is null or empty, or the file cannot be read."""
-    with _opened(store, key) as file:
+    with opened(store, key) as file:
         leaves = _leaves(file.schema_arrow, spec, store.place(key))
         rows = count()
         for batch in file.iter_batches(_batch_rows(file.metadata), columns=leaves, use_threads=False):
@@ -43,7 +43,7 @@ def read_parquet(store: Store, key: str, spec: InputSpec, max_bytes: int) -> Ite
 
 def read_row(store: Store, place: Place, spec: InputSpec) -> bytes:
     """The image of one row; decodes only its row group, up to that row."""
-    with _opened(store, place.object) as file:
+    with opened(store, place.object) as file:
         _, leaf = _leaves(file.schema_arrow, spec, store.place(place.object))
         group, row = _row_group(file.metadata, place.start)
         groups = [] if group is None else [group]
@@ -54,7 +54,7 @@ def read_row(store: Store, place: Place, spec: InputSpec) -> bytes:
     raise DataError(f"{store.place(place.object)} has no row {place.start} any more: it changed, index it again")
 
 
-def _footer(store: Store, info: ObjectInfo) -> bytes:
+def footer(store: Store, info: ObjectInfo) -> bytes:
     """The end of the file with its whole footer; mostly one small request, where opening would fetch a block."""
     tail = store.read(info.key, start=max(0, info.size - FOOTER_BYTES))
     footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
@@ -64,9 +64,10 @@ def _footer(store: Store, info: ObjectInfo) -> bytes:
 
 
 @contextmanager
-def _opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+def opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, to be read by columns in small pieces; errors inside are DataErrors that name it."""
     with (
-        _explained(store, key),
+        explained(store, key),
         store.open(key) as stream,
         pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False) as file,
     ):
@@ -74,7 +75,8 @@ def _opened(store: Store, key: str) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def _explained(store: Store, key: str) -> Iterator[None]:
+def explained(store: Store, key: str) -> Iterator[None]:
+    """DataError that names the file for what pyarrow finds wrong inside the block."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -118,29 +120,38 @@ def _leaves(schema: pa.Schema, spec: InputSpec, uri: str) -> tuple[str, str]:
     if image_type is not None and pa.types.is_struct(image_type):
         image_leaf += ".bytes"
         image_type = _type_of(schema, image_leaf)
-    for name, column, found, wanted, suits in (
-        ("key_column", spec.key_column, _type_of(schema, spec.key_column), "text or integers", _is_key),
-        ("image_column", spec.image_column, image_type, "binary (or a struct with a field `bytes`)", _is_bytes),
-    ):
-        if found is None and _type_of(schema, column) is None:
-            hint = nearest(column, schema.names)
-            raise DataError(f"{uri} has no column {column!r}{hint}; it has {_columns(schema)}; set `input.{name}`")
-        if found is None or not suits(found):
-            raise DataError(f"{uri}: column {column!r} must be {wanted}; it has {_columns(schema)}; set `input.{name}`")
+    check_column(schema, uri, "key_column", spec.key_column, "text or integers", is_key)
+    wanted = "binary (or a struct with a field `bytes`)"
+    check_column(schema, uri, "image_column", spec.image_column, wanted, lambda _: _is_bytes(image_type))
     return spec.key_column, image_leaf
+
+
+def check_column(
+    schema: pa.Schema, uri: str, setting: str, column: str, wanted: str, suits: Callable[[pa.DataType], bool]
+) -> None:
+    """DataError that names what the file has unless it has this column, of a type that suits."""
+    found = _type_of(schema, column)
+    if found is None:
+        hint = nearest(column, schema.names)
+        raise DataError(f"{uri} has no column {column!r}{hint}; it has {_columns(schema)}; set `input.{setting}`")
+    if not suits(found):
+        raise DataError(f"{uri}: column {column!r} must be {wanted}; it has {_columns(schema)}; set `input.{setting}`")
 
 
 def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema) or "no columns"
 
 
-def _is_key(found: pa.DataType) -> bool:
+def is_key(found: pa.DataType) -> bool:
+    """Whether a column of this type can hold keys."""
     found = found.value_type if pa.types.is_dictionary(found) else found
     kinds = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
     return any(is_kind(found) for is_kind in kinds)
 
 
-def _is_bytes(found: pa.DataType) -> bool:
+def _is_bytes(found: pa.DataType | None) -> bool:
+    if found is None:
+        return False
     found = found.value_type if pa.types.is_dictionary(found) else found
     return any(is_kind(found) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 

@@ -19,8 +19,8 @@ def read_images(shard: ImageShard, spec: InputSpec, max_bytes: int) -> Iterator[
 
     DataError if two images have one key, if an object is damaged, or if it changed since it was listed.
     """
-    if shard.columns and shard.columns != spec.columns:
-        raise ValueError(f"{shard.name} was listed with the columns {shard.columns}, not {spec.columns}")
+    if shard.columns != spec.columns(shard.kind):
+        raise ValueError(f"{shard.name} was listed with the columns {shard.columns}, not {spec.columns(shard.kind)}")
     store = open_store(shard.root)
     places: dict[str, Place] = {}
     for image in _images(store, shard, spec, max_bytes):
@@ -46,6 +46,8 @@ def read_place(source: str, place: Place, spec: InputSpec) -> bytes:
             data = read_row(store, place, spec)
         case "files":
             data = store.read(place.object)
+        case "vectors":
+            raise DataError(f"{place.describe(source, '')} is a vector, not a picture, so it cannot be shown")
     if len(data) != place.size:
         raise DataError(
             f"{place.describe(source, 'image')} has {len(data)} bytes, {place.size} when it was indexed: "

@@ -11,7 +11,7 @@ from cbir.storage import ObjectInfo
 
 __all__ = ["ImageShard", "InputSpec", "Kind", "Place", "RawImage"]
 
-Kind = Literal["tar", "parquet", "files"]
+Kind = Literal["tar", "parquet", "files", "vectors"]
 
 
 class InputSpec(Spec):
@@ -25,18 +25,22 @@ class InputSpec(Spec):
     relative to its entry in `images`. `key_column` and `image_column` may name a field of a struct ("image.path");
     an image column that is itself a struct with a field `bytes` (Hugging Face) is understood.
 
+    `vectors` takes Parquet files too, of a key column and a column of vectors that were made elsewhere, for the
+    extractor of this name.
+
     `shard_images` is the mean number of files per shard of a folder.
     """
 
-    format: Literal["auto", "tar", "parquet", "files"] = "auto"
+    format: Literal["auto", "tar", "parquet", "files", "vectors"] = "auto"
     key_column: str = "key"
     image_column: str = "image"
+    vector_column: str = "vector"
     shard_images: PositiveInt = 256
 
-    @property
-    def columns(self) -> tuple[str, str]:
-        """The key column and the image column of a Parquet file."""
-        return self.key_column, self.image_column
+    def columns(self, kind: Kind) -> tuple[str, ...]:
+        """The columns that are read of objects of this kind."""
+        other = {"parquet": self.image_column, "vectors": self.vector_column}.get(kind)
+        return () if other is None else (self.key_column, other)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Place:
         match self.kind:
             case "tar":
                 return f"{uri}: member {key} (offset {self.start})"
-            case "parquet":
+            case "parquet" | "vectors":
                 return f"{uri}: row {self.start}"
             case "files":
                 return uri

@@ -34,6 +34,8 @@ class ExtractorSpec(Method):
     role: ClassVar[str] = "extractor"
     local: ClassVar[bool] = False
     """Whether an image has many features, with a geometry each, rather than one descriptor."""
+    reads_vectors: ClassVar[bool] = False
+    """Whether vectors that were made elsewhere take the place of images."""
 
     @property
     def weighs_places(self) -> bool:

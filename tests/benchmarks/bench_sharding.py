@@ -16,12 +16,13 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 
 from cbir.artifacts import Done, create_done, put_part
 from cbir.config import Channel
 from cbir.index.dense import exact_search
 from cbir.index.index import SearchIndex
-from cbir.layout import partition_bounds
+from cbir.layout import IDS_SCHEMA, partition_bounds
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, Floats, Hits, Int64s, image_id
 from pipelines.stages import BuildTask, MergeTask
@@ -62,8 +63,8 @@ class Clustered:
 
 
 def channel(index: dict[str, object]) -> ChannelWork:
-    """One descriptor per image as it comes; the extractor is a name that nobody calls."""
-    extractor = {"name": "deep", "backbone": "resnet18", "weights": "none", "size": 32}
+    """One descriptor per image as it comes."""
+    extractor = {"name": "vectors", "dim": DIM, "dtype": "float32"}
     return ChannelWork("global", Channel.model_validate({"extractor": extractor, "index": index}))
 
 
@@ -82,7 +83,7 @@ def _write_shard(worker: Worker, batch: FeatureBatch, numbers: Int64s) -> Done:
         | {"object": f"{number}.jpg", "start": 0, "num_bytes": 1, "height": 1, "width": 1}
         for image, number in zip(batch.image_ids.tolist(), numbers.tolist(), strict=True)
     ]
-    writer.add(batch, rows)
+    writer.add(batch, pa.Table.from_pylist(rows, schema=IDS_SCHEMA))
     writer.finish(path, batch)
     identity = fingerprint("shard", numbers.tolist())
     file = put_part(worker.store, "extract", identity, "features", path, "parquet")

@@ -15,7 +15,7 @@ import cbir.features  # noqa: F401 - registers the extractors
 from cbir.spec import methods, one_of
 from cbir.types import FeatureBatch, ImageBatch, Pixels
 
-EXTRACTORS = methods("extractor")
+EXTRACTORS = {name: spec for name, spec in methods("extractor").items() if not spec.reads_vectors}
 TINY = {"backbone": "test_resnet", "weights": "none", "size": 96}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sift": [{}, {"upright": True, "max_features": 20}],

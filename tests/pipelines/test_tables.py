@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pytest
 
 from cbir.artifacts import StoredFile, sha256_of
 from cbir.errors import StorageError
+from cbir.layout import IDS_SCHEMA
 from cbir.storage import Store, open_store
 from cbir.types import FEATURES_SCHEMA, FeatureBatch
 from pipelines.tables import ShardWriter, open_parquet, read_range, sorted_table, write_parquet
@@ -30,12 +30,13 @@ def features(num: int, seed: int = 0, rows: int = 30) -> FeatureBatch:
     return FeatureBatch(ids, offsets, descriptors, rng.random((offsets[-1], 4), np.float32))
 
 
-def id_rows(batch: FeatureBatch) -> list[dict[str, Any]]:
-    return [
+def id_rows(batch: FeatureBatch) -> pa.Table:
+    rows = [
         {"image_id": image, "key": f"{image}.jpg", "content_sha256": bytes(32), "source": 0, "kind": "files"}
         | {"object": f"{image}.jpg", "start": 0, "num_bytes": 1, "height": 2, "width": 3}
         for image in batch.image_ids.tolist()
     ]
+    return pa.Table.from_pylist(rows, schema=IDS_SCHEMA)
 
 
 def written(path: Path, batch: FeatureBatch, step: int) -> Path:
