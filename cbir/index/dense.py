@@ -33,6 +33,7 @@ __all__ = [
     "float_rows",
     "merge_partitions",
     "open_mapped",
+    "score_margin",
     "stored_order",
     "write_index",
 ]
@@ -65,8 +66,7 @@ class DensePartition(SearchIndex):
         """
         if depth < 1:
             raise ValueError(f"depth must be at least 1, found {depth}")
-        hits = _nearest_images(float_rows(queries, self.dim), depth, self.faiss.ntotal, self._shortlist)
-        return _per_image(hits, queries, depth)
+        return _per_image(self._nearest(float_rows(queries, self.dim), depth), queries, depth)
 
     def save(self, path: Path) -> None:
         """Write a file that `faiss.read_index` opens; equal entries give equal bytes."""
@@ -80,6 +80,10 @@ class DensePartition(SearchIndex):
     def with_entries(self, entries: pa.Table) -> Self:
         """A partition of these entries with the trained parts of this one."""
 
+    def _nearest(self, rows: Floats, depth: int) -> Hits:
+        """The best `depth` images for every row (K, D)."""
+        return _nearest_images(rows, depth, self.faiss.ntotal, self._shortlist)
+
     @abstractmethod
     def _shortlist(self, rows: Floats, num: int) -> tuple[Int64s, Floats, Floats]:
         """A `Shortlist` of the partition's vectors."""
@@ -89,7 +93,7 @@ def merge_partitions(partitions: Sequence[SearchIndex]) -> faiss.Index:
     """One faiss index, ids included, of all vectors of the partitions: byte for byte what one build would give."""
     dense = [part for part in partitions if isinstance(part, DensePartition)]
     if not dense or len(dense) < len(partitions):
-        raise ConfigError("only partitions of indexes made by faiss (flat, ivfpq) can become one faiss index")
+        raise ConfigError("only indexes of vectors can become one faiss index; inverted files of words cannot")
     return dense[0].with_entries(pa.concat_tables([part.entries() for part in dense])).faiss
 
 
@@ -161,10 +165,10 @@ def exact_shortlist(
     if num >= len(vectors):
         return ids, scores, np.full(len(rows), -np.inf, np.float32)
     last = approximate[:, -1] if metric == "ip" else -approximate[:, -1]
-    return ids, scores, last + _rounding(rows, vectors[positions[:, -1]])
+    return ids, scores, last + score_margin(rows, vectors[positions[:, -1]])
 
 
-def _rounding(rows: Floats, vectors: Floats) -> Floats:
+def score_margin(rows: Floats, vectors: Floats) -> Floats:
     """How far a float32 score of rows and vectors (K, D) may be off: 16 units in the last place of their norms."""
     squares = np.einsum("kd,kd->k", rows, rows) + np.einsum("kd,kd->k", vectors, vectors)
     return np.asarray(squares * (16 * np.finfo(np.float32).eps), np.float32)
@@ -225,9 +229,9 @@ def code_column(codes: Array) -> pa.FixedSizeBinaryArray:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
 
 
-def codes_of(entries: pa.Table, dtype: npt.DTypeLike, width: int) -> Array:
-    """The column `code` of entries as an array (K, width); DataError if the codes have another size."""
-    column, size = entries.column("code"), width * np.dtype(dtype).itemsize
+def codes_of(entries: pa.Table, dtype: npt.DTypeLike, width: int, name: str = "code") -> Array:
+    """A column of codes as an array (K, width); DataError if the codes have another size."""
+    column, size = entries.column(name), width * np.dtype(dtype).itemsize
     if column.type != pa.binary(size):
         raise DataError(f"entries hold codes of type {column.type}, but this index stores {size} bytes per vector")
     parts = [

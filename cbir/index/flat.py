@@ -108,7 +108,7 @@ class FlatPartition(DensePartition):
 
     def entries(self) -> pa.Table:
         """The vectors and their images."""
-        return _entries(self._ids.copy(), self._vectors)
+        return _entries(self._ids.copy(), self._vectors.copy())
 
     def with_entries(self, entries: pa.Table) -> Self:
         """A partition of these vectors."""

@@ -106,6 +106,8 @@ class IndexSpec(Method):
     """Whether `finish` looks at the sample."""
     encodes_queries: ClassVar[bool] = False
     """Whether `Index.queries` does anything, for which a searcher must hold the trained state."""
+    effort: ClassVar[str | None] = None
+    """The field that says how much of a partition a search looks at, and changes nothing that is stored."""
     metric: Literal["ip", "l2"] = "ip"
     """How vectors are compared: by inner product, or by squared Euclidean distance."""
 

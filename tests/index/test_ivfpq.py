@@ -13,10 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from cbir.errors import ArtifactError, DataError
+from cbir.index.coarse import FlatCoarse
+from cbir.index.codes import inverted_file
 from cbir.index.dense import code_column, exact_search, merge_partitions, write_index
 from cbir.index.flat import Flat
-from cbir.index.ivfpq import IvfPq, choose_lists
-from cbir.index.quantisers import Quantisers, inverted_file, nearest_centroid
+from cbir.index.ivf import choose_lists
+from cbir.index.ivfpq import IvfPq
+from cbir.index.quantisers import nearest_centroid
 from cbir.types import FeatureBatch, Hits
 
 DIM, LISTS = 32, 12
@@ -33,12 +36,15 @@ def small(**fields: Any) -> IvfPq:
     return IvfPq(**{"lists": LISTS, "bytes": 8, "bits": 5, "iterations": 8, **fields})
 
 
+MULTI_INDEX = {"coarse": "imi", "metric": "l2", "lists": 16}
 FORMS = {
     "ip": {},
     "l2": {"metric": "l2"},
     "8 bits": {"bits": 8},
     "opq": {"opq": True, "metric": "l2"},
     "opq to 16": {"opq": True, "opq_dim": 16, "bits": 4},
+    "hnsw": {"coarse": "hnsw"},
+    "multi-index": MULTI_INDEX,
 }
 
 
@@ -74,11 +80,11 @@ def test_all_lists_probed_is_the_distance_to_what_the_code_says(spec, index, bat
     bits = np.unpackbits(packed, axis=1, bitorder="little").reshape(len(lists), -1, spec.bits)[:, :8]
     words = np.packbits(bits, axis=2, bitorder="little")[:, :, 0]
     decoded = np.concatenate([book[words[:, part]] for part, book in enumerate(state["codebooks"])], axis=1)
-    stored = state["centroids"][lists] + decoded
+    stored = index.quantisers.coarse.centroids_of(lists) + decoded
     rotated = queries.descriptors @ state.get("rotation", np.eye(DIM, dtype=np.float32)).T
     distances = ((rotated[:, None] - stored) ** 2).sum(2)
     scores = rotated @ stored.T if spec.metric == "ip" else -distances
-    hits = with_probes(spec, index, LISTS).build(entries).search(queries, 700)
+    hits = with_probes(spec, index, 16).build(entries).search(queries, 700)
     by_image = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
     np.testing.assert_allclose(by_image, scores[:, np.argsort(batch.image_ids)], rtol=1e-4, atol=1e-4)
 
@@ -104,13 +110,11 @@ def test_shards_together_are_a_plain_faiss_index(spec, index, batch, queries, tm
 
 def test_codes_and_lists_are_those_of_faiss(index, batch):
     entries = index.entries(batch)
-    quantisers = index._quantisers
-    empty = quantisers.empty_index(1)
-    ivf = inverted_file(empty)
-    rows = quantisers.rotate(batch.descriptors)
+    ivf = inverted_file(index.empty.faiss)
+    rows = index.quantisers.rotate(batch.descriptors)
     lists = ivf.quantizer.search(rows, 1)[1][:, 0]
     np.testing.assert_array_equal(entries["list"].to_numpy(), lists)
-    codes = ivf.pq.compute_codes(rows - quantisers.centroids[lists])
+    codes = ivf.pq.compute_codes(rows - index.quantisers.coarse.centroids_of(lists))
     assert b"".join(entries["code"].to_pylist()) == codes.tobytes()
 
 
@@ -176,6 +180,18 @@ def test_polysemous_training_only_renames_the_codes(queries):
     np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-5, atol=1e-5)
 
 
+def test_polysemous_training_makes_hamming_distances_imitate_distances():
+    """Douze et al. 2016: the correlation of both over all pairs of words of a part rises."""
+    sample, correlations = clustered(600, 1), {}
+    bits = np.unpackbits(np.arange(16, dtype=np.uint8)[:, None], axis=1)
+    hamming = (bits[:, None] != bits).sum(2).ravel()
+    for flag in (False, True):
+        books = small(polysemous=flag, bits=4).train(sample, 3).state()["codebooks"]
+        distances = ((books[:, :, None] - books[:, None]) ** 2).sum(3).reshape(len(books), -1)
+        correlations[flag] = np.mean([np.corrcoef(part, hamming)[0, 1] for part in distances])
+    assert correlations[True] > correlations[False] + 0.1
+
+
 def test_another_seed_gives_another_index():
     sample = clustered(600, 1)
     assert not np.array_equal(*(small().train(sample, seed).state()["centroids"] for seed in (1, 2)))
@@ -204,15 +220,15 @@ def test_which_lists_are_probed_does_not_depend_on_the_batch(metric):
     rng = np.random.default_rng(0)
     centroids = (np.repeat(rng.normal(size=(20, 96)), 4, axis=0) + 1e-7 * rng.normal(size=(80, 96))).astype(np.float32)
     rows = rng.normal(size=(1400, 96)).astype(np.float32)
-    quantisers = Quantisers(None, centroids, np.zeros((8, 16, 12), np.float32), metric)
-    lists, to_lists = quantisers.nearest_lists(rows, 6)
+    coarse = FlatCoarse(centroids, metric)
+    lists, to_lists = coarse.nearest_lists(rows, 6)
     left, right = rows.astype(np.float64), centroids.astype(np.float64)
     distances = left @ right.T if metric == "ip" else ((left[:, None] - right) ** 2).sum(2)
     order = np.argsort(-distances if metric == "ip" else distances, axis=1, kind="stable")[:, :6]
     np.testing.assert_allclose(to_lists, np.take_along_axis(distances, order, 1), rtol=1e-6)
     assert (lists == order).mean() > 0.9999
     for number in range(100):
-        np.testing.assert_array_equal(quantisers.nearest_lists(rows[number : number + 1], 6)[0][0], lists[number])
+        np.testing.assert_array_equal(coarse.nearest_lists(rows[number : number + 1], 6)[0][0], lists[number])
 
 
 @pytest.mark.parametrize(
@@ -233,6 +249,17 @@ def test_the_sample_decides_how_many_lists(num, lists):
         ({"bytes": 12}, 300, r"bytes: 12 .* D = 32.*bytes: 8, or opq: true with opq_dim: 24"),
         ({"bytes": 64}, 300, r"bytes: 64 .* D = 32; set a divisor of D, for example bytes: 32$"),
         ({"opq": True, "opq_dim": 64}, 300, r"opq_dim: 64 .* D = 32"),
+        ({**MULTI_INDEX, "lists": 4**9}, 300, r"lists: 262144 lists.*at least 512.*found 300"),
+        (
+            {"opq": True, "opq_dim": 9, "bytes": 9, "coarse": "imi", "metric": "l2", "lists": 4},
+            300,
+            r"imi.*D = 9 is odd",
+        ),
+        (
+            {"fast_scan": True, "bits": 4, "bytes": 2},
+            300,
+            r"parts of 16 dim.*have 15: set a divisor of D from bytes: 4 on",
+        ),
     ],
 )
 def test_a_sample_that_does_not_fit_is_refused_with_a_remedy(fields, num, message):
@@ -242,7 +269,14 @@ def test_a_sample_that_does_not_fit_is_refused_with_a_remedy(fields, num, messag
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"opq_dim": 16}, "opq: true"), ({"opq": True, "opq_dim": 20}, "multiple of bytes"), ({"bits": 9}, "bits")],
+    [
+        ({"opq_dim": 16}, "opq: true"),
+        ({"opq": True, "opq_dim": 20}, "multiple of bytes"),
+        ({"bits": 9}, "bits"),
+        ({"fast_scan": True}, "bits: 5; set bits: 4"),
+        ({"coarse": "imi"}, "imi finds lists by Euclidean distance; set metric: l2"),
+        ({"coarse": "imi", "metric": "l2"}, "lists: 12 are not all pairs.*for example 16"),
+    ],
 )
 def test_a_configuration_that_cannot_work_is_refused(fields, message):
     with pytest.raises(ValidationError, match=message):
@@ -274,6 +308,64 @@ def test_a_mapped_partition_stays_on_the_disk(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "part")]
     grown_kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown_kib < 5_000
+
+
+@pytest.mark.parametrize("fields", [{}, {"metric": "l2", "opq": True}, {"bytes": 16}], ids=["ip", "opq l2", "16"])
+def test_a_fast_scan_finds_what_tables_of_floats_find(fields, batch, queries):
+    plain, fast = (small(bits=4, fast_scan=flag, probes=LISTS, **fields) for flag in (False, True))
+    index = plain.train(clustered(1500, 1), 3)
+    entries = index.entries(batch)
+    assert fast.restore(index.state()).entries(batch).equals(entries)
+    assert fast.train(clustered(1500, 1), 3).entries(batch).equals(entries)
+    by_image = {}
+    for spec in (plain, fast):
+        hits = spec.restore(index.state()).build(entries).search(queries, 700)
+        by_image[spec.fast_scan] = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
+    spread = by_image[False].max() - by_image[False].min()
+    np.testing.assert_allclose(by_image[True], by_image[False], atol=spread / 50)
+    assert not np.array_equal(by_image[True], by_image[False]), "tables have 8 bits"
+
+
+def test_a_fast_scan_is_a_plain_faiss_file_that_gives_its_codes_back(batch, queries, tmp_path):
+    spec = small(bits=4, bytes=16, fast_scan=True)
+    index = spec.train(clustered(1500, 1), 3)
+    entries = index.entries(batch)
+    partition = index.build(entries)
+    partition.save(tmp_path / "part.faiss")
+    ids = faiss.read_index(str(tmp_path / "part.faiss")).search(queries.descriptors, 1)[1]
+    np.testing.assert_array_equal(ids, partition.search(queries, 1).image_ids)
+    opened = spec.load(tmp_path / "part.faiss")
+    for _ in range(2):
+        assert opened.entries().equals(entries.sort_by([("list", "ascending"), ("image_id", "ascending")]))
+    with pytest.raises(ArtifactError, match="IndexIVFPQFastScan, expected an IndexIVFPQ"):
+        small(bits=4).load(tmp_path / "part.faiss")
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_fast_scan_of_vectors_that_are_all_the_same_finds_them(metric):
+    same = FeatureBatch.of_global(np.arange(60), np.ones((60, DIM), np.float32))
+    index = small(bits=4, lists=2, fast_scan=True, metric=metric).train(same, 0)
+    hits = index.build(index.entries(same)).search(same.take(np.arange(2)), 4)
+    np.testing.assert_array_equal(hits.image_ids, [[0, 1, 2, 3]] * 2)
+    np.testing.assert_allclose(hits.scores, DIM if metric == "ip" else 0, atol=1e-3)
+
+
+def test_a_query_of_zeros_finds_all_alike_by_a_fast_scan(batch):
+    index = small(bits=4, fast_scan=True, opq=True, probes=LISTS).train(clustered(1500, 1), 3)
+    nothing = FeatureBatch.of_global(np.array([1]), np.zeros((1, DIM), np.float32))
+    hits = index.build(index.entries(batch)).search(nothing, 4)
+    np.testing.assert_array_equal(hits.image_ids, np.sort(batch.image_ids)[None, :4])
+    assert (hits.scores == 0).all()
+
+
+def test_with_one_list_an_inverted_file_is_a_product_quantiser_of_what_the_mean_leaves(batch, queries):
+    index = small(lists=1, metric="l2").train(clustered(1500, 1), 3)
+    pq = inverted_file(index.empty.faiss).pq
+    mean = index.state()["centroids"]
+    decoded = pq.decode(pq.compute_codes(batch.descriptors - mean)) + mean
+    hits = index.build(index.entries(batch)).search(queries, 5)
+    distances = faiss.knn(queries.descriptors, decoded, 5)[0]
+    np.testing.assert_allclose(-hits.scores, distances, rtol=1e-4)
 
 
 def recall(hits: Hits, exact: Hits, depth: int) -> float:
