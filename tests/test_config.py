@@ -151,7 +151,7 @@ class TestMistakes:
             ),
             pytest.param(
                 at("channels.parts.index", {}),
-                "channels.parts.index.name: is missing; known are asmk, bm25, bow, flat, he, ivfpq, rasmk, smk",
+                "channels.parts.index.name: is missing; known are asmk, .*flat, .*ivfpq, .*smk",
                 id="no-name",
             ),
             pytest.param(
