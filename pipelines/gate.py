@@ -10,13 +10,15 @@ from cbir.artifacts import Done, sha256_of
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, ConfigError
 from cbir.evaluation.ground_truth import read_ground_truth
+from cbir.layout import Layout
+from cbir.partition import LocalFiles
 from cbir.search import Searcher, searcher_of
 from cbir.spec import fingerprint
 from cbir.storage import Store
 from cbir.types import FeatureBatch
 from cbir.verification import check_counts, check_files
 from cbir.versions import Manifest
-from pipelines.quality import ann_recalls, judge
+from pipelines.quality import ann_recalls, judge, recalls_by_effort
 from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Task, Worker
@@ -47,19 +49,25 @@ class EvaluateTask(Task):
         searcher = searcher_of(worker.store, self.manifest, worker.device)
         check_counts(searcher, self.manifest)
         with worker.timer.phase("device"):
-            quality = {"ann_recall": self._recalls(worker, searcher)} | self._truth(searcher)
+            quality = self._recalls(worker, searcher) | self._truth(searcher)
         text = json.dumps(quality, indent=1, sort_keys=True).encode()
         return self.finish(worker, [self.put(worker, "quality", text, "json")], {}, quality)
 
-    def _recalls(self, worker: Worker, searcher: Searcher) -> dict[str, dict[str, float]]:
-        recalls = {}
+    def _recalls(self, worker: Worker, searcher: Searcher) -> dict[str, dict[str, dict[str, float]]]:
+        """Against exact search, by channel: recall@k by k, and recall@10 by effort."""
+        recalls: dict[str, dict[str, float]] = {}
+        by_effort: dict[str, dict[str, float]] = {}
+        layout, files = Layout.from_json(self.manifest.layout), LocalFiles(worker.store, self.manifest)
         for name, train in self.trains.items():
             if searcher.config.channels[name].index.local:
                 continue  # an inverted file compares exactly what it holds
             probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
             exact = probe_hits(worker, self.builds[name], len(probes))
-            recalls[name] = {str(k): value for k, value in ann_recalls(searcher, name, probes, exact).items()}
-        return recalls
+            found = ann_recalls(searcher.partitions, name, probes, exact)
+            recalls[name] = {str(k): value for k, value in found.items()}
+            curve = recalls_by_effort(layout, searcher.config, files, name, probes, exact)
+            by_effort |= {name: {str(effort): value for effort, value in curve.items()}} if curve else {}
+        return {"ann_recall": recalls, "recall_by_effort": by_effort}
 
     def _truth(self, searcher: Searcher) -> dict[str, Any]:
         config = searcher.config.evaluate

@@ -61,6 +61,7 @@ def write_evaluation(
         quarantine=ledger(store, manifest),
         quality=judged.quality if judged else None,
         ann_recall=_ann_recall(manifest),
+        recall_by_effort=_recall_by_effort(searcher),
         search=search_figures(manifest, judged) if judged else None,
         gallery=_gallery(searcher, judged) if judged else None,
     )
@@ -89,6 +90,16 @@ def _ann_recall(manifest: Manifest) -> dict[int, float]:
     tables = [recalls for recalls in manifest.quality.get("ann_recall", {}).values() if recalls]
     worst: dict[str, float] = min(tables, key=lambda recalls: float(np.mean(list(recalls.values()))), default={})
     return {int(depth): recall for depth, recall in worst.items()}
+
+
+def _recall_by_effort(searcher: Searcher) -> dict[str, dict[int, float]]:
+    curves = searcher.manifest.quality.get("recall_by_effort", {})
+    return {
+        f"{searcher.config.channels[name].index.effort} of {name}": {
+            int(value): recall for value, recall in curve.items()
+        }
+        for name, curve in curves.items()
+    }
 
 
 def search_figures(manifest: Manifest, judged: Judged) -> SearchFigures:

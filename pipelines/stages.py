@@ -30,7 +30,8 @@ __all__ = [
     "probe_hits",
 ]
 
-PROBE_DEPTH = 100
+PROBE_DEPTH = 101
+"""A hundred neighbours and the probe itself."""
 
 
 @dataclass(frozen=True)

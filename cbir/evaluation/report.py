@@ -59,7 +59,8 @@ class SearchFigures:
 class Report:
     """Everything that a report can show; a section without content is left out.
 
-    `configuration` is YAML text, `created` a time in words, `ann_recall` the recall against exact search by depth.
+    `configuration` is YAML text, `created` a time in words, `ann_recall` the recall against exact search by depth,
+    `recall_by_effort` recall@10 by the values of a setting, by a name for this.
     """
 
     title: str
@@ -71,6 +72,7 @@ class Report:
     quarantine: Sequence[QuarantineRow] = ()
     quality: Quality | None = None
     ann_recall: Mapping[int, float] = field(default_factory=dict)
+    recall_by_effort: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     search: SearchFigures | None = None
     gallery: Gallery | None = None
 
@@ -86,6 +88,10 @@ class Report:
             "quarantine": [{**asdict(row), "examples": list(row.examples)} for row in self.quarantine],
             "quality": self.quality and self.quality.to_json(per_query=True),
             "ann_recall": {str(depth): recall for depth, recall in self.ann_recall.items()},
+            "recall_by_effort": {
+                name: {str(effort): recall for effort, recall in curve.items()}
+                for name, curve in self.recall_by_effort.items()
+            },
             "search": self.search and asdict(self.search),
             "worst": [case.to_json() for case in self.gallery.worst] if self.gallery else [],
             "best": [case.to_json() for case in self.gallery.best] if self.gallery else [],

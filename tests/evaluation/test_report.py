@@ -31,6 +31,7 @@ def full_report() -> Report:
         quarantine=[QuarantineRow("truncated", 7, (f"broken/{HOSTILE}",))],
         quality=quality,
         ann_recall={1: 0.99, 10: 0.875},
+        recall_by_effort={"probes of global": {1: 0.511, 4: 0.722}},
         search=SearchFigures(12.34, 40.25, 64.0),
         gallery=Gallery(
             worst, best, lambda key: None if key == "y" else f"jpeg {key}".encode(), lambda query: b"query"
@@ -111,6 +112,7 @@ def test_the_json_beside_it_has_the_same_figures(written: Path):
     assert content["counts"]["quarantined"] == 7
     assert content["stages"][0]["shares"] == {"read": 0.25, "device": 0.745, "write": 0.005}
     assert content["ann_recall"] == {"1": 0.99, "10": 0.875}
+    assert content["recall_by_effort"] == {"probes of global": {"1": 0.511, "4": 0.722}}
     assert content["worst"][0]["results"][0] == {"key": "x", "relevance": "wrong"}
 
 

@@ -91,6 +91,31 @@ def test_an_inverted_file_of_other_makers_vectors_keeps_their_keys(tmp_path):
     )
 
 
+def test_a_build_measures_recall_by_probes_without_the_probes_themselves(tmp_path):
+    write(tmp_path / "vectors" / "all.parquet", VECTORS, KEYS)
+    data = settings(tmp_path, evaluate={"probes": 40})
+    data["channels"]["given"]["index"] = {
+        "name": "ivfflat",
+        "lists": 16,
+        "probes": 3,
+        "metric": "l2",
+        "code": "float32",
+    }
+    searcher, manifest = published(data)
+    curve = manifest.quality["recall_by_effort"]["given"]
+    assert list(curve) == ["1", "2", "3", "4", "8", "16"], "more probes than lists find nothing more"
+    assert list(curve.values()) == sorted(curve.values())
+    assert curve["1"] < 0.9
+    assert curve["16"] == 1.0
+    assert manifest.quality["ann_recall"]["given"]["10"] == curve["3"]
+    distances = ((VECTORS[None] - VECTORS[:, None]) ** 2).sum(2)
+    np.fill_diagonal(distances, np.inf)
+    ids = np.array([image_id(key) for key in KEYS])
+    found = searcher.channel_hits({"given": FeatureBatch.of_global(ids, VECTORS)}, 11)["given"].image_ids
+    shares = [len(np.intersect1d(found[n], ids[np.argsort(row)[:10]])) / 10 for n, row in enumerate(distances)]
+    assert np.mean(shares) == pytest.approx(curve["3"], abs=0.12), "the probes are a sample of all"
+
+
 def test_vectors_that_cannot_be_used_are_rows_of_the_ledger(tmp_path):
     rows: list[list[float] | None] = VECTORS[:50].tolist()
     rows[3], rows[10], rows[20], rows[30] = None, [1.0] * (DIM + 1), [float("nan")] * DIM, [1e30] * DIM
