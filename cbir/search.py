@@ -5,12 +5,12 @@ for result in searcher.search("picture.jpg", depth=10):
     print(result.key, result.score)
 """
 
-import functools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,13 +20,21 @@ from cbir.errors import DataError
 from cbir.layout import Layout
 from cbir.partition import LocalFiles, Partition, PartitionLike
 from cbir.queries import Box, QueryEncoder
+from cbir.spec import nearest
 from cbir.storage import Store, open_store
-from cbir.types import FeatureBatch, Hits, Int64s
+from cbir.types import FeatureBatch, Floats, Hits, Int64s
 from cbir.versions import Manifest, Versions
 
-__all__ = ["Answer", "Result", "Searcher", "open_version", "searcher_of"]
+__all__ = ["Answer", "Patience", "Picture", "Question", "Result", "Searcher", "open_version", "searcher_of"]
 
-T = TypeVar("T")
+Picture = bytes | str | Path
+"""The bytes of an image file, or its path."""
+
+Question = Literal["search", "matches", "features", "signatures", "records", "keys"]
+"""What a partition can be asked: the methods of `PartitionLike`."""
+
+_WAIT_UNTIL: Mapping[Question, float] = {"features": 0.9, "signatures": 0.9, "records": 1.0}
+"""Shares of a deadline until which answers are waited for; 0.8 for other questions."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,11 @@ class Result:
 @dataclass(frozen=True)
 class Answer:
     """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map, the
-    version that all of them come from, the hits before they were re-ranked, and the seconds that re-ranking took."""
+    version that all of them come from, the hits before they were re-ranked, and the seconds that re-ranking took.
+
+    An answer is partial if it is without some partitions that did not answer before the deadline; `missing` has their
+    numbers. It was not re-ranked to the end if what re-ranking reads was among what is missing.
+    """
 
     hits: Hits
     by_channel: Mapping[str, Hits]
@@ -53,6 +65,7 @@ class Answer:
     version: int
     candidates: Hits
     rerank_seconds: float
+    missing: tuple[int, ...] = ()
 
     def results(self, query: int) -> list[Result]:
         """The ranked results of one query."""
@@ -75,100 +88,220 @@ class Answer:
         )
 
 
+class Patience:
+    """How long one query waits for its partitions, and the numbers of those that it went on without, in `missing`.
+
+    A query waits for hits until four fifths of its deadline, for what re-ranking reads until nine tenths, for the rows
+    of its results until the end; but for each at least a tenth of the deadline, so that what took long in this process
+    (a large picture, re-ranking) loses no answer that comes at once.
+    """
+
+    def __init__(self, deadline_s: float | None = None) -> None:
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"a deadline must be above 0 s, found {deadline_s}")
+        self._deadline_s = math.inf if deadline_s is None else deadline_s
+        self._begun = time.monotonic()
+        self.missing: set[int] = set()
+
+    def seconds(self, question: Question) -> float | None:
+        """How long partitions may take to answer this question, from now; None without a deadline."""
+        if math.isinf(self._deadline_s):
+            return None
+        left = self._begun + _WAIT_UNTIL.get(question, 0.8) * self._deadline_s - time.monotonic()
+        return max(left, 0.1 * self._deadline_s)
+
+
+class _GoneWithout(Exception):
+    """What was asked for cannot be put together without the partitions that did not answer in time."""
+
+
 class Searcher:
     """Answers queries from one version: encode, search every partition, merge, fuse, re-rank."""
 
     def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[PartitionLike]):
         self.manifest, self.config = manifest, config
         self.encoder, self.partitions = encoder, list(parts)
-        channels = Layout.from_json(manifest.layout).channels
-        backgrounds = {name: value for name, part in channels.items() if (value := part.background) is not None}
+        layout = Layout.from_json(manifest.layout)
+        backgrounds = {name: value for name, part in layout.channels.items() if (value := part.background) is not None}
         self._fusion = config.search.fuse.build(backgrounds) if config.search.fuse else None
         self._rerankers = [spec.build() for spec in config.search.rerank]
-        self._edges = np.array([part.low for part in parts], np.int64)
+        self._edges = np.array([part.low for part in layout.partitions], np.int64)
 
-    def search(self, picture: bytes | str | Path, depth: int = 10, box: Box | None = None) -> list[Result]:
-        """The best `depth` images for one picture (a path or the bytes of an image file), or for a box in it."""
-        return self.answer([picture], [box], depth).results(0)
+    def search(
+        self, query: Picture | Floats, depth: int = 10, box: Box | None = None, channel: str | None = None
+    ) -> list[Result]:
+        """The best `depth` images for one picture (a path or the bytes of an image file), or for a box in it.
+
+        Or for one descriptor (D,) of a channel, as by `answer_vectors`.
+        """
+        if isinstance(query, np.ndarray):
+            if box is not None:
+                raise ValueError("a box is a part of a picture; a vector has none")
+            return self.answer_vectors(query[None], depth, channel).results(0)
+        if channel is not None:
+            raise ValueError("a picture asks all channels; only a vector is of one")
+        return self.answer([query], [box], depth).results(0)
 
     def answer(
-        self, pictures: Sequence[bytes | str | Path], boxes: Sequence[Box | None] | None = None, depth: int = 10
+        self,
+        pictures: Sequence[Picture],
+        boxes: Sequence[Box | None] | None = None,
+        depth: int = 10,
+        deadline_s: float | None = None,
     ) -> Answer:
-        """The same for several pictures at once, with everything that was found on the way."""
+        """The same for several pictures at once, with everything that was found on the way.
+
+        With a deadline, in seconds from now, the answer goes without partitions that are late, and says so.
+        """
+        patience = Patience(deadline_s)
         data = [picture if isinstance(picture, bytes) else _read_picture(picture) for picture in pictures]
         raw = self.encoder.extract(data, boxes or [None] * len(data))
-        return self.answer_features(raw, depth)
+        return self.answer_features(raw, depth, patience)
 
-    def answer_features(self, raw: Mapping[str, FeatureBatch], depth: int) -> Answer:
+    def answer_vectors(
+        self, vectors: Floats, depth: int = 10, channel: str | None = None, deadline_s: float | None = None
+    ) -> Answer:
+        """The best images for descriptors (Q, D) of a channel, as its encoders make them of queries.
+
+        Nothing is decoded, fused or re-ranked. The channel needs no name if it is the only one with one descriptor per
+        image. DataError for a channel of local features, for another D, and for values that are not finite.
+        """
+        patience, name = Patience(deadline_s), self._channel_of_vectors(channel)
+        by_channel = self.channel_hits({name: self.encoder.asked(name, _one_row_each(vectors))}, depth, patience)
+        return self._answer(by_channel[name], by_channel, {}, by_channel[name], 0.0, patience)
+
+    def _channel_of_vectors(self, channel: str | None) -> str:
+        """The channel that vectors are meant for."""
+        able = [name for name, spec in self.config.channels.items() if not spec.index.local]
+        if channel is None and len(able) == 1:
+            return able[0]
+        if channel in able:
+            return str(channel)
+        if not able:
+            raise DataError("this index holds local features only, which no single vector can ask for; send a picture")
+        if channel is None:
+            raise DataError(f"this index has several channels; name the one of the vectors: {', '.join(able)}")
+        if channel in self.config.channels:
+            raise DataError(
+                f"channel {channel!r} holds local features, which no single vector can ask for; send a picture, or use "
+                f"{', '.join(able)}"
+            )
+        raise DataError(f"no channel {channel!r}{nearest(channel, able)}")
+
+    def answer_features(self, raw: Mapping[str, FeatureBatch], depth: int, patience: Patience | None = None) -> Answer:
         """The same for raw features of the queries by channel."""
+        patience = patience or Patience()
         candidates = max(depth, self.config.search.depth)
-        by_channel = self.channel_hits(self.encoder.encode(raw), candidates)
+        by_channel = self.channel_hits(self.encoder.encode(raw), candidates, patience)
         fused = self._fusion.fuse(by_channel, candidates) if self._fusion else next(iter(by_channel.values()))
-        hits, context, begun = fused, _Context(raw, self), time.perf_counter()
-        for reranker in self._rerankers:
-            hits = reranker.rerank(hits, context)
+        begun = time.perf_counter()
+        hits = self._reranked(fused, _Context(raw, self, patience))
         seconds = time.perf_counter() - begun
-        best = _first(hits, depth)
-        records = self._records(best.image_ids)
-        return Answer(best, by_channel, raw, records, self.manifest.version, _first(fused, depth), seconds)
+        return self._answer(_first(hits, depth), by_channel, raw, _first(fused, depth), seconds, patience)
 
-    def channel_hits(self, encoded: Mapping[str, FeatureBatch], depth: int) -> dict[str, Hits]:
+    def _reranked(self, hits: Hits, context: "_Context") -> Hits:
+        """The hits after every reranker whose features came in time."""
+        for reranker in self._rerankers:
+            try:
+                hits = reranker.rerank(hits, context)
+            except _GoneWithout:
+                break
+        return hits
+
+    def _answer(
+        self,
+        hits: Hits,
+        by_channel: Mapping[str, Hits],
+        raw: Mapping[str, FeatureBatch],
+        candidates: Hits,
+        rerank_seconds: float,
+        patience: Patience,
+    ) -> Answer:
+        """The answer with the rows of its images; without images whose rows did not come in time."""
+        records = self._records(hits.image_ids, patience)
+        if patience.missing:
+            known = np.isin(hits.image_ids, np.fromiter(records, np.int64, len(records)))
+            hits = Hits.ranked(np.where(known, hits.image_ids, -1), hits.scores, hits.image_ids.shape[1])
+        missing = tuple(sorted(patience.missing))
+        return Answer(hits, by_channel, raw, records, self.manifest.version, candidates, rerank_seconds, missing)
+
+    def channel_hits(
+        self, encoded: Mapping[str, FeatureBatch], depth: int, patience: Patience | None = None
+    ) -> dict[str, Hits]:
         """The best `depth` images of each channel over all partitions."""
-        encoded = self._damped(encoded)
-        found = self._ask([functools.partial(part.search, encoded, depth) for part in self.partitions])
-        return {name: Hits.merge([hits[name] for hits in found], depth) for name in encoded}
+        patience = patience or Patience()
+        encoded = self._damped(encoded, patience)
+        found = self._ask_all("search", (encoded, depth), patience)
+        if len(found) == 1:
+            return dict(found[0])
+        return {
+            name: Hits.merge([hits[name] for hits in found] or [_no_hits(len(batch))], depth)
+            for name, batch in encoded.items()
+        }
 
-    def _damped(self, encoded: Mapping[str, FeatureBatch]) -> Mapping[str, FeatureBatch]:
+    def _damped(self, encoded: Mapping[str, FeatureBatch], patience: Patience) -> Mapping[str, FeatureBatch]:
         """Encoded queries, where an index damps what matches much, with the weights that follow from all partitions."""
         asked = {name: batch for name, batch in encoded.items() if self.config.channels[name].index.damps_matches}
-        if not asked:
+        found = self._ask_all("matches", (asked,), patience) if asked else []
+        if not found:
             return encoded
-        found = self._ask([functools.partial(part.matches, asked) for part in self.partitions])
         matches = {name: np.sum([part[name] for part in found], axis=0) for name in asked}
         return {**encoded, **self.encoder.damped(asked, matches)}
 
-    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+    def features(self, channel: str, image_ids: Int64s, patience: Patience | None = None) -> FeatureBatch:
         """Stored features of any images, in this order."""
-        return self._gather([part.features for part in self.partitions], channel, image_ids)
+        return self._gather("features", channel, image_ids, patience or Patience())
 
-    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
+    def signatures(self, channel: str, image_ids: Int64s, patience: Patience | None = None) -> FeatureBatch:
         """Stored signatures of any images, in this order."""
-        return self._gather([part.signatures for part in self.partitions], channel, image_ids)
+        return self._gather("signatures", channel, image_ids, patience or Patience())
 
-    def _gather(
-        self, readers: Sequence[Callable[[str, Int64s], FeatureBatch]], channel: str, image_ids: Int64s
-    ) -> FeatureBatch:
+    def _gather(self, question: Question, channel: str, image_ids: Int64s, patience: Patience) -> FeatureBatch:
         """What the partitions hold of these images, in this order."""
-        if not len(image_ids):
-            return readers[0](channel, image_ids)
-        groups = self._by_partition(image_ids)
-        parts = self._ask([functools.partial(readers[n], channel, image_ids[where]) for n, where in groups])
-        order = np.argsort(np.concatenate([where for _, where in groups]), kind="stable")
-        return FeatureBatch.concatenate(parts).take(order)
+        groups = self._by_partition(image_ids) if len(image_ids) else {0: np.arange(0)}
+        arguments = {number: (channel, image_ids[where]) for number, where in groups.items()}
+        parts = self._ask(question, arguments, patience)
+        if len(parts) < len(groups):
+            raise _GoneWithout
+        order = np.argsort(np.concatenate(list(groups.values())), kind="stable")
+        return FeatureBatch.concatenate(parts[number] for number in groups).take(order)
 
-    def _records(self, image_ids: Int64s) -> dict[int, Mapping[str, Any]]:
+    def _records(self, image_ids: Int64s, patience: Patience) -> dict[int, Mapping[str, Any]]:
         wanted = np.unique(image_ids[image_ids >= 0])
-        groups = self._by_partition(wanted)
-        found = self._ask([functools.partial(self.partitions[n].records, wanted[where]) for n, where in groups])
-        return {row["image_id"]: row for rows in found for row in rows}
+        arguments = {number: (wanted[where],) for number, where in self._by_partition(wanted).items()}
+        found = self._ask("records", arguments, patience)
+        return {row["image_id"]: row for rows in found.values() for row in rows}
 
-    def _ask(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of calls to partitions, in their order; here one call after the other."""
-        return [call() for call in calls]
+    def _ask_all(self, question: Question, arguments: tuple[Any, ...], patience: Patience) -> list[Any]:
+        """What the partitions answer to one question, of those that answer in time."""
+        return list(self._ask(question, dict.fromkeys(range(len(self._edges)), arguments), patience).values())
 
-    def _by_partition(self, image_ids: Int64s) -> list[tuple[int, Int64s]]:
+    def _ask(self, question: Question, arguments: Mapping[int, tuple[Any, ...]], patience: Patience) -> dict[int, Any]:
+        """What partitions answer, by their number, as arguments are; here one after the other.
+
+        Those that do not answer in time are left out, and added to `patience.missing`.
+        """
+        answers, wait_s = {}, patience.seconds(question)
+        end = math.inf if wait_s is None else time.monotonic() + wait_s
+        for number, given in arguments.items():
+            if time.monotonic() > end:
+                patience.missing.add(number)
+            else:
+                answers[number] = getattr(self.partitions[number], question)(*given)
+        return answers
+
+    def _by_partition(self, image_ids: Int64s) -> dict[int, Int64s]:
+        """The positions of the images of each partition that has some."""
         owner = np.searchsorted(self._edges, image_ids, side="right") - 1
-        return [(int(number), np.flatnonzero(owner == number)) for number in np.unique(owner)]
+        return {int(number): np.flatnonzero(owner == number) for number in np.unique(owner)}
 
     def keys(self) -> dict[int, str]:
         """The key of every indexed image by its id."""
-        return {
-            image: key for keys in self._ask([part.keys for part in self.partitions]) for image, key in keys.items()
-        }
+        return {image: key for keys in self._ask_all("keys", (), Patience()) for image, key in keys.items()}
 
     def picture(self, image: int) -> bytes:
         """The file of an indexed image, read again from the collection."""
-        record = self._records(np.array([image], np.int64))[image]
+        record = self._records(np.array([image], np.int64), Patience())[image]
         return read_place(self.config.images[record["source"]], _place(record), self.config.input)
 
 
@@ -178,22 +311,39 @@ class _Context:
 
     raw: Mapping[str, FeatureBatch]
     searcher: Searcher
+    patience: Patience
 
     def query_features(self, channel: str) -> FeatureBatch:
         return self.raw[channel]
 
     def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        return self.searcher.features(channel, image_ids)
+        return self.searcher.features(channel, image_ids, self.patience)
 
     def query_signatures(self, channel: str) -> FeatureBatch:
         return self.searcher.encoder.signatures(channel, self.raw[channel])
 
     def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        return self.searcher.signatures(channel, image_ids)
+        return self.searcher.signatures(channel, image_ids, self.patience)
 
 
 def _first(hits: Hits, depth: int) -> Hits:
     return Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
+
+
+def _no_hits(num_queries: int) -> Hits:
+    return Hits(np.empty((num_queries, 0), np.int64), np.empty((num_queries, 0), np.float32))
+
+
+def _one_row_each(vectors: Floats) -> FeatureBatch:
+    """Query vectors (Q, D) as queries of one row each; DataError if they are none."""
+    if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
+        raise DataError(f"query vectors must be numbers of shape (Q, D), found {vectors.dtype} {vectors.shape}")
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(vectors, np.float32)
+    broken = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(broken):
+        raise DataError(f"query vector {broken[0]} has NaN or infinite values")
+    return FeatureBatch.of_global(np.arange(len(rows)), rows)
 
 
 def _place(record: Mapping[str, Any]) -> Place:

@@ -13,13 +13,18 @@ from rich.table import Table
 
 from cbir.errors import ConfigError
 from pipelines import maintenance
+from pipelines.bench_query import bench_query
 from pipelines.evaluate import evaluate
+from pipelines.serve import serve
 from pipelines.terminal import Commands, IndexOrConfig, VersionOption, err, open_searcher, out, store_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cbir.config import Config
     from cbir.queries import Box
     from cbir.search import Result
+    from pipelines.estimates import Line
 
 __all__ = ["app", "main"]
 
@@ -71,17 +76,40 @@ def _config(
 
 @app.command()
 def check(
-    config: ConfigFile, images: Images = None, store: StoreOption = None, workers: Workers = None, sets: Set = None
+    config: ConfigFile,
+    images: Images = None,
+    store: StoreOption = None,
+    workers: Workers = None,
+    sets: Set = None,
+    scale: Annotated[
+        float | None, typer.Option("--scale", min=1, help="Also say what so many images like these would need: 1e9.")
+    ] = None,
+    machine_workers: Annotated[int, typer.Option(min=1, help="With --scale: workers of a machine.")] = 16,
+    machine_gb: Annotated[float, typer.Option(min=1, help="With --scale: memory of a machine, 10^9 bytes.")] = 64,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="With --scale: of a machine for an hour, in any currency.")
+    ] = None,
 ) -> None:
     """Validate a configuration, list its images, and estimate memory, disk and time. Writes nothing.
 
     Example: `cbir check configs/sift_vlad.yaml --images s3://photos/landmarks/`
+
+    Example: `cbir check configs/cluster.yaml --images sample/ --scale 1e9 --workers 256 --price 0.80`
     """
     from pipelines.estimates import estimate
+    from pipelines.scale import Scale, at_scale
 
-    found = estimate(_config(config, images, store, workers, sets))
+    settings = _config(config, images, store, workers, sets)
+    found = estimate(settings)
+    _print_lines(found.lines)
+    if scale is not None:
+        out.print()
+        _print_lines(at_scale(settings, found, Scale(round(scale), machine_workers, machine_gb, price)))
+
+
+def _print_lines(lines: "Sequence[Line]") -> None:
     table = Table("what", "estimate", "basis", box=None, header_style="dim")
-    for line in found.lines:
+    for line in lines:
         table.add_row(line.what, line.value, line.basis)
     out.print(table)
 
@@ -163,6 +191,9 @@ def _print_quality(quality: Any) -> None:
             continue
         named = "  ".join(f"recall@{depth} {recall:.3f}" for depth, recall in recalls.items())
         out.print(f"{channel} against exact search: {named}")
+    for channel, curve in quality.get("recall_by_effort", {}).items():
+        named = "  ".join(f"{effort}: {recall:.3f}" for effort, recall in curve.items())
+        out.print(f"{channel}, recall@10 by how much a search looks at: {named}")
     if "map" in quality:
         out.print(f"mAP {quality['map']:.3f}  recall@1 {quality['recall_at_1']:.3f}")
 
@@ -216,7 +247,7 @@ def _print_results(results: "list[Result]", as_json: bool) -> None:
         out.print(f"{rank:>4}  {result.score:9.4f}  {result.key}", soft_wrap=True)
 
 
-for command in (evaluate, *maintenance.COMMANDS):
+for command in (evaluate, serve, bench_query, *maintenance.COMMANDS):
     app.command()(command)
 
 

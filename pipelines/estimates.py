@@ -22,7 +22,7 @@ from pipelines.assets import check_codebooks, read_assets
 from pipelines.indexing import plan
 from pipelines.work import limit_threads
 
-__all__ = ["Estimate", "Line", "estimate"]
+__all__ = ["Estimate", "Line", "Trial", "estimate", "in_bytes", "in_time"]
 
 TRIED_IMAGES = 16
 TRIED_PER_SHARD = 4
@@ -41,20 +41,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """All that `cbir check` can tell before a run."""
-
-    num_shards: int
-    num_images: int
-    num_bytes: int
-    disk_bytes: float
-    memory_bytes: float
-    seconds: float
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True)
-class _Trial:
+class Trial:
     """What an image costs in one channel, as the mean of a few that were tried."""
 
     tried: int
@@ -73,6 +60,21 @@ class _Trial:
         """
         signatures = 2 * self.signature_bytes if channel.keep_signatures else 0
         return self.feature_bytes * (2 if channel.keep_features else 1) + 2 * self.entry_bytes + signatures
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that `cbir check` can tell before a run."""
+
+    num_shards: int
+    num_images: int
+    num_bytes: int
+    disk_bytes: float
+    memory_bytes: float
+    seconds: float
+    trials: Mapping[str, Trial]
+    """By channel."""
+    lines: tuple[Line, ...]
 
 
 def estimate(config: Config) -> Estimate:
@@ -96,14 +98,16 @@ def estimate(config: Config) -> Estimate:
     lines = [
         Line("shards", f"{len(shards):,}", "listed"),
         Line("images", f"{images:,}", counted),
-        Line("bytes to read", _bytes(num_bytes * len(trials)), f"listed, once for each of {len(trials)} channel(s)"),
+        Line("bytes to read", in_bytes(num_bytes * len(trials)), f"listed, once for each of {len(trials)} channel(s)"),
         *(_disk_line(config, name, trial, disk[name]) for name, trial in trials.items()),
         *(_time_line(config, name, trial, seconds[name], workers) for name, trial in trials.items()),
-        Line("disk", _bytes(sum(disk.values())), "all channels; every version of other settings needs its own"),
-        Line("memory", _bytes(memory), memory_basis),
-        Line("time", _time(sum(seconds.values())), "extraction alone; training, building and merging come on top"),
+        Line("disk", in_bytes(sum(disk.values())), "all channels; every version of other settings needs its own"),
+        Line("memory", in_bytes(memory), memory_basis),
+        Line("time", in_time(sum(seconds.values())), "extraction alone; training, building and merging come on top"),
     ]
-    return Estimate(len(shards), images, num_bytes, sum(disk.values()), memory, sum(seconds.values()), tuple(lines))
+    return Estimate(
+        len(shards), images, num_bytes, sum(disk.values()), memory, sum(seconds.values()), trials, tuple(lines)
+    )
 
 
 def _count(shards: Sequence[ImageShard], raw: Sequence[RawImage]) -> tuple[int, str]:
@@ -134,7 +138,7 @@ def _first_images(config: Config, shard: ImageShard) -> Iterator[RawImage]:
     return itertools.islice((image for image in images if image.data is not None), TRIED_PER_SHARD)
 
 
-def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -> _Trial:
+def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -> Trial:
     """Decode and extract in this process."""
     describer = _build(channel, f"channels.{name}")
     start = time.perf_counter()
@@ -151,7 +155,7 @@ def _try(channel: Channel, config: Config, name: str, raw: Sequence[RawImage]) -
     return _trial(channel, FeatureBatch.concatenate(parts), seconds, len(raw))
 
 
-def _try_vectors(channel: Channel, config: Config, shard: ImageShard) -> _Trial:
+def _try_vectors(channel: Channel, config: Config, shard: ImageShard) -> Trial:
     """Read the first vectors of a shard."""
     spec = channel.extractor
     assert isinstance(spec, Vectors)
@@ -178,7 +182,7 @@ def _no_features(describer: Describer) -> FeatureBatch:
     return describer.describe(ImageBatch(np.empty(0, np.int64), [], np.empty((0, 2), np.int32)))
 
 
-def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int) -> _Trial:
+def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int) -> Trial:
     """What the images cost in features and index entries, by what the encoders' settings say about their output."""
     good = max(len(features), 1)
     dim, rows = features.descriptors.shape[1], math.ceil(len(features.descriptors) / good)
@@ -186,7 +190,7 @@ def _trial(channel: Channel, features: FeatureBatch, seconds: float, tried: int)
     for encoder in channel.encoders:
         dim = encoder.output_dim(dim)
         rows = math.ceil(len(boxes) / good) if encoder.rows_are_regions else encoder.output_rows(rows)
-    return _Trial(
+    return Trial(
         tried=tried,
         bad=tried - len(features),
         seconds=seconds / tried,
@@ -201,22 +205,24 @@ def _num_workers(config: Config, pool: Pool) -> int:
     return max(1, pool.workers or config.workers)
 
 
-def _disk_line(config: Config, name: str, trial: _Trial, total: float) -> Line:
+def _disk_line(config: Config, name: str, trial: Trial, total: float) -> Line:
     copies = "2 x" if config.channels[name].keep_features else "1 x"
-    basis = f"per image {copies} {_bytes(trial.feature_bytes)} of features, 2 x {_bytes(trial.entry_bytes)} of index"
+    basis = (
+        f"per image {copies} {in_bytes(trial.feature_bytes)} of features, 2 x {in_bytes(trial.entry_bytes)} of index"
+    )
     if config.channels[name].keep_signatures:
-        basis += f", 2 x {_bytes(trial.signature_bytes)} of signatures"
-    return Line(f"{name}: disk", _bytes(total), f"{basis}; {trial.tried} images tried")
+        basis += f", 2 x {in_bytes(trial.signature_bytes)} of signatures"
+    return Line(f"{name}: disk", in_bytes(total), f"{basis}; {trial.tried} images tried")
 
 
-def _time_line(config: Config, name: str, trial: _Trial, seconds: float, workers: int) -> Line:
+def _time_line(config: Config, name: str, trial: Trial, seconds: float, workers: int) -> Line:
     bad = f", {trial.bad} of them cannot be used" if trial.bad else ""
     gpu = "; the pool has GPUs, expect less" if config.pools.extract.gpus else ""
     basis = f"{_milliseconds(trial.seconds)} per image in this process, {workers} worker(s)"
-    return Line(f"{name}: extraction", _time(seconds), f"{basis}; {trial.tried} images tried{bad}{gpu}")
+    return Line(f"{name}: extraction", in_time(seconds), f"{basis}; {trial.tried} images tried{bad}{gpu}")
 
 
-def _memory(config: Config, trials: Mapping[str, _Trial], images: int) -> tuple[float, str]:
+def _memory(config: Config, trials: Mapping[str, Trial], images: int) -> tuple[float, str]:
     """Every process holds the libraries and models of this one; one of them trains on the whole sample."""
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     processes = max(_num_workers(config, pool) for pool in (config.pools.extract, config.pools.build))
@@ -225,14 +231,17 @@ def _memory(config: Config, trials: Mapping[str, _Trial], images: int) -> tuple[
         share = min(1, config.sample.images / images, config.sample.features / max(images * trial.features, 1))
         samples.append(share * images * trial.feature_bytes)
     sample = max(samples)
-    basis = f"{processes} process(es) of {_bytes(here)}, as this one; {TRAINING_COPIES} x a sample of {_bytes(sample)}"
+    basis = (
+        f"{processes} process(es) of {in_bytes(here)}, as this one; {TRAINING_COPIES} x a sample of {in_bytes(sample)}"
+    )
     return here * processes + TRAINING_COPIES * sample, basis
 
 
-def _bytes(number: float) -> str:
-    units = iter(("B", "kB", "MB", "GB", "TB"))
+def in_bytes(number: float) -> str:
+    """For people: 1.5 GB are 1,500,000,000 bytes."""
+    units = iter(("B", "kB", "MB", "GB", "TB", "PB"))
     unit = next(units)
-    while number >= 1000 and unit != "TB":
+    while number >= 1000 and unit != "PB":
         number, unit = number / 1000, next(units)
     return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
 
@@ -241,7 +250,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
 
 
-def _time(seconds: float) -> str:
+def in_time(seconds: float) -> str:
+    """For people."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,171 +1,75 @@
 """A pool of query actors: each holds some partitions of the published version, memory-mapped, and swaps in memory.
 
-The same `Searcher` as in one process does the work; here its partitions live in actors. A query takes all its
-partitions from one version: the searcher that it starts with. `refresh` opens a newer version beside the one that
-answers and swaps the searcher when every actor has it, so that no query fails or sees a mixture. The version before is
-closed when its last query has ended.
+The same `Searcher` as in one process does the work; here its partitions live in actors, several of which may hold the
+same ones. A query takes all its partitions from one version: the searcher that it starts with. `refresh` opens a newer
+version beside the one that answers and swaps the searcher when the actors have it, so that no query fails or sees a
+mixture. The version before is closed when its last query has ended.
 """
 
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from cbir.artifacts import sha256_of
-from cbir.config import Config, parse_config
-from cbir.errors import CbirError, ConfigError
-from cbir.layout import Layout
-from cbir.partition import LocalFiles, Partition
+from cbir.config import Config
+from cbir.errors import ConfigError
+from cbir.partition import LocalFiles
 from cbir.queries import Box, QueryEncoder
-from cbir.search import Answer, Result, Searcher
+from cbir.search import Answer, Patience, Picture, Question, Result, Searcher
 from cbir.storage import open_store
-from cbir.types import FeatureBatch, Hits, Int64s
+from cbir.types import Floats
 from cbir.versions import Manifest, Versions
 from pipelines.cluster import connect, ray
+from pipelines.query_actor import Call, Holder, Opening, parsed
+from pipelines.replicas import CARE, Replicas, in_care
 
 __all__ = ["QueryPool"]
 
-T = TypeVar("T")
 
-_CALLS_AT_ONCE = 64
-_RETRIES = 3
+class _RemoteSearcher(Searcher):
+    """A searcher whose partitions live in actors, which are all asked at once."""
 
+    def __init__(
+        self, manifest: Manifest, config: Config, encoder: QueryEncoder, opening: Opening, shares: Sequence[Replicas]
+    ) -> None:
+        super().__init__(manifest, config, encoder, parts=())
+        self._opening, self._shares = opening, list(shares)
 
-@dataclass(frozen=True)
-class _Opening:
-    """One opening of a version. A version that is opened again (roll-back) while old queries still use it is another
-    opening, so that their end closes nothing but their own."""
-
-    serial: int
-    version: int
-    manifest_sha256: str
-
-
-class _Holder:
-    """Partitions by opening, in a process of their own. Ray gives it as many OpenMP threads as it has processors.
-
-    It opens what it is asked for and does not hold yet, so that an actor which died and was started again goes on.
-    """
-
-    def __init__(self, store_uri: str) -> None:
-        self._store = open_store(store_uri)
-        self._partitions: dict[_Opening, dict[int, Partition]] = {}
-
-    def open(self, opening: _Opening, numbers: Sequence[int]) -> None:
-        """Open these partitions of a version."""
-        held = self._partitions.setdefault(opening, {})
-        missing = [number for number in numbers if number not in held]
-        if missing:
-            manifest = Versions(self._store).load(opening.version, opening.manifest_sha256)
-            config, layout = _parsed(manifest)
-            files = LocalFiles(self._store, manifest)
-            held.update({number: Partition(config, layout.partitions[number], files) for number in missing})
-
-    def call(self, opening: _Opening, number: int, method: str, arguments: Sequence[Any]) -> Any:
-        """Call a method of one partition."""
-        self.open(opening, [number])
-        return getattr(self._partitions[opening][number], method)(*arguments)
-
-    def close(self, opening: _Opening) -> None:
-        """Let go of what no query uses any more."""
-        self._partitions.pop(opening, None)
-
-    def versions(self) -> list[int]:
-        """The versions that it holds, in the order in which they were opened."""
-        return [opening.version for opening in sorted(self._partitions, key=lambda opening: opening.serial)]
-
-
-def _parsed(manifest: Manifest) -> tuple[Config, Layout]:
-    return parse_config(manifest.config, f"version {manifest.version}"), Layout.from_json(manifest.layout)
-
-
-@dataclass(frozen=True)
-class _RemotePartition:
-    """A partition that lives in an actor; what `cbir.search` calls `PartitionLike`."""
-
-    low: int
-    actor: Any
-    opening: _Opening
-    number: int
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """The method's result, or its own error."""
-        try:
-            return ray.get(self.actor.call.remote(self.opening, self.number, method, arguments))
-        except ray.exceptions.RayTaskError as error:
-            raise _own_error(error) from None
-
-    def search(self, queries: Mapping[str, FeatureBatch], depth: int) -> Mapping[str, Hits]:
-        """Hits by channel for encoded queries by channel."""
-        hits: Mapping[str, Hits] = self._call("search", dict(queries), depth)
-        return hits
-
-    def matches(self, queries: Mapping[str, FeatureBatch]) -> Mapping[str, Int64s]:
-        """How much each row of the encoded queries matches, by channel."""
-        matches: Mapping[str, Int64s] = self._call("matches", dict(queries))
-        return matches
-
-    def features(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored features of these images."""
-        batch: FeatureBatch = self._call("features", channel, image_ids)
-        return batch
-
-    def signatures(self, channel: str, image_ids: Int64s) -> FeatureBatch:
-        """Stored signatures of these images."""
-        batch: FeatureBatch = self._call("signatures", channel, image_ids)
-        return batch
-
-    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
-        """The rows of the id map of these images."""
-        rows: list[dict[str, Any]] = self._call("records", image_ids)
-        return rows
-
-    def keys(self) -> dict[int, str]:
-        """Key by id of every image of this partition."""
-        keys: dict[int, str] = self._call("keys")
-        return keys
-
-
-def _own_error(error: Any) -> Exception:
-    """An expected error as the actor raised it; any other with the actor's traceback."""
-    own: Exception = error.cause if isinstance(error.cause, CbirError) else error
-    return own
-
-
-class _ParallelSearcher(Searcher):
-    """A searcher that asks its partitions all at once."""
-
-    def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[_RemotePartition]):
-        super().__init__(manifest, config, encoder, parts)
-        self._threads = ThreadPoolExecutor(min(_CALLS_AT_ONCE, 4 * len(parts)))
-
-    def _ask(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        return list(self._threads.map(lambda call: call(), calls))
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=False)
+    def _ask(self, question: Question, arguments: Mapping[int, tuple[Any, ...]], patience: Patience) -> dict[int, Any]:
+        futures: dict[int, Future[Any]] = {}
+        for first, share in enumerate(self._shares):
+            numbers = [number for number in arguments if number % len(self._shares) == first]
+            calls = [Call(self._opening, number, question, arguments[number]) for number in numbers]
+            futures.update(zip(numbers, share.submit(calls), strict=True))
+        wait(futures.values(), patience.seconds(question), FIRST_EXCEPTION)
+        late = {number for number, future in futures.items() if future.cancel()}
+        answers = {number: futures[number].result() for number in arguments if number not in late}
+        patience.missing |= late
+        return answers
 
 
 @dataclass
 class _Opened:
     """An opening with its searcher and the number of queries that are under way on it."""
 
-    opening: _Opening
-    searcher: _ParallelSearcher
+    opening: Opening
+    searcher: _RemoteSearcher
     queries: int = 0
 
 
 class QueryPool:
     """Answers queries with the published version of a store; safe to use from several threads.
 
-    `num_actors` actors of `cpus` processors each share the partitions, on the Ray cluster at `address` or on one that
-    is started on this machine. Queries are encoded in the caller's process. An actor that dies is started again.
-    ConfigError if the cluster has no room for the actors within `start_s` seconds.
+    The partitions are divided into `num_actors` shares; `replicas` actors of `cpus` processors each hold the same
+    share, on the Ray cluster at `address` or on one that is started on this machine. No query fails while one replica
+    of each share is alive; an actor that dies is started again, one that takes more than `slow_s` seconds for a call
+    is helped out by another. Queries are encoded in the caller's process. ConfigError if the cluster has no room for
+    the actors within `start_s` seconds.
     """
 
     def __init__(
@@ -175,27 +79,33 @@ class QueryPool:
         cpus: float = 1.0,
         address: str | None = None,
         start_s: float = 300.0,
+        replicas: int = 1,
+        slow_s: float = 0.5,
     ) -> None:
         self._store = open_store(store_uri)
         manifest = Versions(self._store).load()
         self._serials = itertools.count()
         self._refreshing = threading.Lock()
         self._counting = threading.Lock()
-        self._started_ray = connect(address, max(1, round(num_actors * cpus)))
-        actor = ray.remote(_Holder).options(num_cpus=cpus, max_restarts=-1, max_task_retries=_RETRIES)
-        self._actors = [actor.remote(store_uri) for _ in range(num_actors)]
+        self._start_s = start_s
+        self._started_ray = connect(address, max(1, round(num_actors * replicas * cpus)))
+        # Ray starts again what dies, but repeats no call: another replica takes it at once.
+        options = {"num_cpus": cpus, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(concurrency_groups={CARE: 1})(Holder).options(**options)
+        self._shares = [Replicas([actor.remote(store_uri) for _ in range(replicas)], slow_s) for _ in range(num_actors)]
         with contextlib.ExitStack() as undo:
             undo.callback(self._end_actors)
-            self._await_actors(start_s)
+            self._await_actors()
             self._current = self._open(manifest)
             undo.pop_all()
 
-    def _await_actors(self, seconds: float) -> None:
+    def _await_actors(self) -> None:
+        num = len(self._shares) * len(self._shares[0].actors)
         try:
-            ray.get([actor.versions.remote() for actor in self._actors], timeout=seconds)
+            self._held(self._start_s)
         except ray.exceptions.GetTimeoutError:
             raise ConfigError(
-                f"the Ray cluster had no room for {len(self._actors)} query actor(s) within {seconds:g} s: it has "
+                f"the Ray cluster had no room for {num} query actor(s) within {self._start_s:g} s: it has "
                 f"{ray.cluster_resources().get('CPU', 0):g} processors; ask for fewer, or end what else runs there"
             ) from None
 
@@ -204,9 +114,18 @@ class QueryPool:
         """The version that new queries use."""
         return self._current.opening.version
 
+    @property
+    def num_partitions(self) -> int:
+        """The partitions of the version that new queries use."""
+        return len(self._current.searcher.manifest.layout["partitions"])
+
     def held_versions(self) -> list[list[int]]:
         """The versions that each actor holds now: the one in use, and older ones whose queries have not ended."""
-        held: list[list[int]] = ray.get([actor.versions.remote() for actor in self._actors])
+        return self._held()
+
+    def _held(self, timeout_s: float | None = None) -> list[list[int]]:
+        asked = [in_care(actor.versions).remote() for share in self._shares for actor in share.actors]
+        held: list[list[int]] = ray.get(asked, timeout=timeout_s)
         return held
 
     def refresh(self) -> bool:
@@ -225,35 +144,30 @@ class QueryPool:
             return True
 
     def _open(self, manifest: Manifest) -> _Opened:
-        opening = _Opening(next(self._serials), manifest.version, sha256_of(manifest.to_json()))
-        config, layout = _parsed(manifest)
+        opening = Opening(next(self._serials), manifest.version, sha256_of(manifest.to_json()))
+        config, layout = parsed(manifest)
         encoder = QueryEncoder(config, layout, LocalFiles(self._store, manifest))
-        parts = [
-            _RemotePartition(part.low, self._actors[number % len(self._actors)], opening, number)
-            for number, part in enumerate(layout.partitions)
-        ]
         with contextlib.ExitStack() as undo:
             undo.callback(self._close_in_actors, opening)
-            self._open_in_actors(opening, len(parts))
+            self._open_in_actors(opening, len(layout.partitions))
             undo.pop_all()
-        return _Opened(opening, _ParallelSearcher(manifest, config, encoder, parts))
+        return _Opened(opening, _RemoteSearcher(manifest, config, encoder, opening, self._shares))
 
-    def _open_in_actors(self, opening: _Opening, num_partitions: int) -> None:
-        step = len(self._actors)
-        shares = [list(range(first, num_partitions, step)) for first in range(step)]
-        try:
-            ray.get([actor.open.remote(opening, share) for actor, share in zip(self._actors, shares, strict=True)])
-        except ray.exceptions.RayTaskError as error:
-            raise _own_error(error) from None
+    def _open_in_actors(self, opening: Opening, num_partitions: int) -> None:
+        end, step = time.monotonic() + self._start_s, len(self._shares)
+        begun = [
+            share.begin_open(opening, range(first, num_partitions, step)) for first, share in enumerate(self._shares)
+        ]
+        for share, references in zip(self._shares, begun, strict=True):
+            share.await_open(opening, references, end)
 
-    def _close_in_actors(self, opening: _Opening) -> None:
-        for actor in self._actors:
-            actor.close.remote(opening)
+    def _close_in_actors(self, opening: Opening) -> None:
+        for share in self._shares:
+            share.close(opening)
 
     def _close_if_unused(self, opened: _Opened) -> None:
         """To be called with `_counting` held; no query can begin on a version that is not the current one."""
         if opened is not self._current and not opened.queries:
-            opened.searcher.close()
             self._close_in_actors(opened.opening)
 
     @contextlib.contextmanager
@@ -269,27 +183,42 @@ class QueryPool:
                 opened.queries -= 1
                 self._close_if_unused(opened)
 
-    def search(self, picture: bytes | str | Path, depth: int = 10, box: Box | None = None) -> list[Result]:
-        """The best `depth` images for one picture, or for a box in it."""
+    def search(
+        self, query: Picture | Floats, depth: int = 10, box: Box | None = None, channel: str | None = None
+    ) -> list[Result]:
+        """The best `depth` images for one picture, for a box in it, or for one descriptor of a channel."""
         with self._query() as searcher:
-            return searcher.search(picture, depth, box)
+            return searcher.search(query, depth, box, channel)
 
     def answer(
-        self, pictures: Sequence[bytes | str | Path], boxes: Sequence[Box | None] | None = None, depth: int = 10
+        self,
+        pictures: Sequence[Picture],
+        boxes: Sequence[Box | None] | None = None,
+        depth: int = 10,
+        deadline_s: float | None = None,
     ) -> Answer:
-        """The same for several pictures at once; `Answer.version` says which version answered."""
+        """The same for several pictures at once; `Answer.version` says which version answered.
+
+        With a deadline, in seconds from now, partitions that are late are left out; `Answer.missing` names them.
+        """
         with self._query() as searcher:
-            return searcher.answer(pictures, boxes, depth)
+            return searcher.answer(pictures, boxes, depth, deadline_s)
+
+    def answer_vectors(
+        self, vectors: Floats, depth: int = 10, channel: str | None = None, deadline_s: float | None = None
+    ) -> Answer:
+        """The same for descriptors (Q, D) of a channel, as by `Searcher.answer_vectors`."""
+        with self._query() as searcher:
+            return searcher.answer_vectors(vectors, depth, channel, deadline_s)
 
     def close(self) -> None:
         """End the actors, and the Ray cluster if this pool started it; queries that are under way fail."""
-        self._current.searcher.close()
         self._end_actors()
 
     def _end_actors(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors.clear()
+        for share in self._shares:
+            share.end()
+        self._shares.clear()
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False

@@ -13,7 +13,7 @@ import cbir
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, DataError, ObjectMissing, StorageError
 from cbir.partition import LocalFiles, Partition
-from cbir.search import Searcher, open_version, searcher_of
+from cbir.search import Patience, Searcher, open_version, searcher_of
 from cbir.storage import open_store
 from cbir.types import Hits, image_id
 from cbir.versions import Versions
@@ -210,8 +210,9 @@ def test_partitions_are_asked_through_one_seam(many: Config, pictures: dict[str,
     """A subclass that asks in another order, as the query pool does at the same time, gives the same answers."""
 
     class Backwards(Searcher):
-        def _ask(self, calls: Any) -> Any:
-            return [call() for call in reversed(calls)][::-1]
+        def _ask(self, question: Any, arguments: Any, patience: Any) -> Any:
+            answers = super()._ask(question, dict(reversed(arguments.items())), patience)
+            return {number: answers[number] for number in arguments}
 
     plain = cbir.open(many.store)
     other = Backwards(plain.manifest, plain.config, plain.encoder, plain.partitions)
@@ -220,3 +221,154 @@ def test_partitions_are_asked_through_one_seam(many: Config, pictures: dict[str,
     encoded = plain.encoder.encode(plain.encoder.extract([pictures[QUERIES[0]]], [None]))
     hits: Hits = other.channel_hits(encoded, 7)["whole"]
     assert np.array_equal(hits.image_ids, plain.channel_hits(encoded, 7)["whole"].image_ids)
+
+
+def vectors_of(searcher: Searcher, channel: str, pictures: list[bytes]) -> Any:
+    """Descriptors (Q, D) of pictures, as the channel's encoders make them of queries."""
+    raw = searcher.encoder.extract(pictures, [None] * len(pictures))
+    return searcher.encoder.encode(raw)[channel].descriptors
+
+
+@pytest.mark.parametrize("channel", ["local", "whole"])
+def test_a_vector_asks_its_channel_alone(searcher: Searcher, channel: str, pictures: dict[str, bytes]) -> None:
+    files = [pictures[key] for key in QUERIES]
+    vectors = vectors_of(searcher, channel, files)
+    answer = searcher.answer_vectors(vectors, 7, channel)
+    expected = searcher.channel_hits(searcher.encoder.encode(searcher.encoder.extract(files, [None] * 3)), 7)[channel]
+    assert np.array_equal(answer.hits.image_ids, expected.image_ids)
+    assert np.array_equal(answer.hits.scores, expected.scores)
+    assert answer.by_channel.keys() == {channel}
+    for number, key in enumerate(QUERIES):
+        results = searcher.search(vectors[number], depth=7, channel=channel)
+        assert results == answer.results(number)
+        assert results[0].key == key
+        assert results[0].channels == {channel: results[0].score}
+
+
+def test_vectors_need_no_name_of_the_only_channel(
+    settings: Callable[..., dict[str, Any]], pictures: dict[str, bytes], tmp_path: Path
+) -> None:
+    index(parse_config(settings(store=str(tmp_path), channels={"whole": TINY}, search={}), "the test"))
+    searcher = cbir.open(str(tmp_path))
+    vectors = vectors_of(searcher, "whole", [pictures[QUERIES[0]]])
+    whole = [(result.key, result.score) for result in searcher.search(pictures[QUERIES[0]], depth=5)]
+    assert [(result.key, result.score) for result in searcher.search(vectors[0], depth=5)] == whole
+    assert [(r.key, r.score) for r in searcher.search(vectors[0].astype(np.float64), depth=5)] == whole
+    assert len(searcher.answer_vectors(vectors[:0]).hits) == 0
+
+
+@pytest.mark.parametrize(
+    ("vectors", "channel", "message"),
+    [
+        (np.ones((1, 5), np.float32), "whole", r"have D = 5, but the index was trained on D = \d+"),
+        (np.ones((1, 5), np.float32), None, "has several channels; name the one of the vectors: local, whole"),
+        (np.ones((1, 5), np.float32), "whol", "no channel 'whol'; did you mean 'whole'"),
+        (np.ones(5, np.float32), "whole", r"must be numbers of shape \(Q, D\), found float32 \(5,\)"),
+        (np.array([["a"]]), "whole", "must be numbers of shape"),
+        (np.array([[1, np.nan]], np.float32), "whole", "query vector 0 has NaN or infinite values"),
+    ],
+)
+def test_vectors_that_cannot_be_asked_are_refused(searcher: Searcher, vectors: Any, channel: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        searcher.answer_vectors(vectors, 3, channel)
+
+
+def test_boxes_are_of_pictures_and_channels_of_vectors(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    with pytest.raises(ValueError, match="a vector has none"):
+        searcher.search(np.ones(5, np.float32), box=(0, 0, 1, 1), channel="whole")
+    with pytest.raises(ValueError, match="only a vector is of one"):
+        searcher.search(pictures[QUERIES[0]], channel="whole")
+
+
+def test_local_features_are_not_asked_by_one_vector(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    local = {"extractor": {"name": "sift", "max_features": 60}, "index": {"name": "asmk", "words": 16}}
+    index(parse_config(settings(store=str(tmp_path), channels={"words": local}, search={}), "the test"))
+    for channel in (None, "words"):
+        with pytest.raises(DataError, match=r"local features.*, which no single vector can ask for; send a picture"):
+            cbir.open(str(tmp_path)).answer_vectors(np.ones((1, 128), np.float32), 3, channel)
+
+
+class Late(Searcher):
+    """Some partitions do not answer some questions in time."""
+
+    late: Any = ()
+    question = ""
+
+    def _ask(self, question: Any, arguments: Any, patience: Any) -> Any:
+        late = {number for number in arguments if number in self.late and question == self.question}
+        patience.missing |= late
+        return super()._ask(question, {n: given for n, given in arguments.items() if n not in late}, patience)
+
+
+@pytest.fixture
+def late(searcher: Searcher) -> Late:
+    return Late(searcher.manifest, searcher.config, searcher.encoder, searcher.partitions)
+
+
+def test_partitions_that_are_late_are_left_out_and_named(
+    late: Late, searcher: Searcher, pictures: dict[str, bytes]
+) -> None:
+    late.late, late.question = set(range(25, 50)), "search"
+    answer, whole = (one.answer([pictures[QUERIES[0]]], depth=40) for one in (late, searcher))
+    assert (answer.missing, whole.missing) == (tuple(range(25, 50)), ())
+    edge = searcher.partitions[25].low
+    kept = [(result.key, result.channels) for result in whole.results(0) if result.image_id < edge]
+    assert 0 < len(kept) < 40
+    assert sorted((result.key, result.channels) for result in answer.results(0)) == sorted(kept)
+
+
+def test_an_answer_is_not_re_ranked_without_the_features_of_a_candidate(
+    late: Late, searcher: Searcher, pictures: dict[str, bytes]
+) -> None:
+    owner = int(np.searchsorted(searcher._edges, image_id(QUERIES[0]), side="right")) - 1
+    late.late, late.question = {owner}, "features"
+    answer = late.answer([pictures[QUERIES[0]]], depth=20)
+    assert answer.missing == (owner,)
+    assert np.array_equal(answer.hits.image_ids, answer.candidates.image_ids)
+    whole = searcher.answer([pictures[QUERIES[0]]], depth=20)
+    assert np.array_equal(answer.candidates.scores, whole.candidates.scores)
+    assert not np.array_equal(answer.hits.scores, whole.hits.scores)
+
+
+def test_images_without_their_row_of_the_id_map_are_left_out(
+    late: Late, searcher: Searcher, pictures: dict[str, bytes]
+) -> None:
+    owner = int(np.searchsorted(searcher._edges, image_id(QUERIES[0]), side="right")) - 1
+    late.late, late.question = {owner}, "records"
+    answer, whole = (one.answer([pictures[QUERIES[0]]], depth=20) for one in (late, searcher))
+    assert answer.missing == (owner,)
+    high = searcher.partitions[owner + 1].low if owner < 49 else 1 << 63
+    left_out = [result for result in whole.results(0) if searcher.partitions[owner].low <= result.image_id < high]
+    assert QUERIES[0] in {result.key for result in left_out}
+    assert answer.results(0) == [result for result in whole.results(0) if result not in left_out]
+
+
+def test_without_any_partition_there_is_no_result(late: Late, pictures: dict[str, bytes]) -> None:
+    late.late, late.question = set(range(50)), "search"
+    answer = late.answer([pictures[QUERIES[0]]], depth=5)
+    assert answer.results(0) == []
+    assert answer.missing == tuple(range(50))
+
+
+def test_a_deadline_is_divided_among_what_a_query_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("cbir.search.time.monotonic", lambda: now[0])
+    patience, endless = Patience(10), Patience()
+    assert [patience.seconds(question) for question in ("search", "features", "records")] == [8, 9, 10]
+    now[0] += 7
+    assert [patience.seconds(question) for question in ("search", "features", "records")] == [1, 2, 3]
+    now[0] += 100
+    assert [patience.seconds(question) for question in ("search", "features", "records")] == [1, 1, 1]
+    assert endless.seconds("search") is None
+    with pytest.raises(ValueError, match="above 0"):
+        Patience(0)
+
+
+def test_in_one_process_partitions_are_left_out_once_the_time_is_up(searcher: Searcher) -> None:
+    class Up(Patience):
+        def seconds(self, question: Any) -> float:
+            return -1.0
+
+    patience = Up()
+    assert searcher._ask("keys", {3: (), 5: ()}, patience) == {}
+    assert patience.missing == {3, 5}

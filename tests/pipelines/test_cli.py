@@ -23,7 +23,9 @@ from tests.conftest import PROJECT
 
 Settings = Callable[..., dict[str, Any]]
 
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+COMMANDS = sorted(
+    command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback
+)
 
 
 @dataclass(frozen=True)

@@ -167,14 +167,14 @@ def test_a_deep_channel_is_tried_with_its_own_weights(
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (2e9, "2.0 GB"), (5e15, "5,000.0 TB")],
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e6, "1.5 MB"), (2e9, "2.0 GB"), (5e15, "5.0 PB")],
 )
 def test_sizes_in_words(number: float, words: str) -> None:
-    assert estimates._bytes(number) == words
+    assert estimates.in_bytes(number) == words
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.04, "0.0 s"), (89, "89.0 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")]
 )
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert estimates._time(seconds) == words
+    assert estimates.in_time(seconds) == words

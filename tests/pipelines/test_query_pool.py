@@ -1,6 +1,8 @@
 """The pool of query actors: the answers of one process, from one version at a time, through swaps and deaths."""
 
+import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -13,14 +15,20 @@ import numpy as np
 import pytest
 
 import cbir
+from cbir.artifacts import sha256_of
 from cbir.config import parse_config
-from cbir.errors import ArtifactError, ConfigError, DataError, ObjectMissing
+from cbir.errors import ArtifactError, CbirError, ConfigError, DataError, ObjectMissing
 from cbir.search import Answer, Result
 from cbir.storage import open_store
+from cbir.types import FeatureBatch
 from cbir.versions import Versions
+from pipelines import query_actor
+from pipelines import replicas as replicas_module
 from pipelines.cluster import ray
 from pipelines.indexing import _Run, index
-from pipelines.query_pool import QueryPool, _Holder
+from pipelines.query_actor import Call, Holder, Opening
+from pipelines.query_pool import QueryPool
+from pipelines.replicas import CARE, Replicas
 
 pytestmark = pytest.mark.service
 
@@ -68,6 +76,26 @@ def expected(store: str, pictures: dict[str, bytes]) -> dict[int, dict[str, list
     """The answers of searchers in this process, by version and query."""
     searchers = {version: cbir.open(store, version) for version in (1, 2)}
     return {v: {key: s.search(pictures[key], depth=20) for key in QUERIES} for v, s in searchers.items()}
+
+
+def pid_of(actor: Any) -> int:
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _holder: os.getpid()))
+    return pid
+
+
+def opening_of(store: str) -> Opening:
+    """The first opening of version 1."""
+    return Opening(0, 1, sha256_of(Versions(open_store(store)).load(1).to_json()))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Until something holds; what is asked of a dead actor meanwhile is no answer."""
+    for _ in range(600):
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            if holds():
+                return
+        time.sleep(0.1)
+    raise AssertionError("it never came to hold")
 
 
 def test_a_closed_pool_leaves_nothing_behind(store: str, pictures: dict[str, bytes], tmp_path: Path) -> None:
@@ -213,28 +241,230 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_in_use(
 def test_an_actor_that_dies_is_started_again(
     pool: QueryPool, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
 ) -> None:
-    os.kill(ray.get(pool._actors[1].__ray_call__.remote(lambda _holder: os.getpid())), signal.SIGKILL)
+    os.kill(pid_of(pool._shares[1].actors[0]), signal.SIGKILL)
     assert pool.search(pictures[QUERIES[0]], depth=20) == expected[1][QUERIES[0]]
 
 
 def test_partitions_are_opened_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A holder keeps what it has opened, and opens what it lacks when it is asked."""
-    from cbir.artifacts import sha256_of
-    from pipelines import query_pool
-
     opened: list[int] = []
-    original = query_pool.Partition
+    original = query_actor.Partition
     monkeypatch.setattr(
-        query_pool, "Partition", lambda config, part, files: (opened.append(part.low), original(config, part, files))[1]
+        query_actor,
+        "Partition",
+        lambda config, part, files: (opened.append(part.low), original(config, part, files))[1],
     )
-    manifest = Versions(open_store(store)).load(1)
-    opening = query_pool._Opening(0, 1, sha256_of(manifest.to_json()))
-    holder = _Holder(store)
+    opening, holder = opening_of(store), Holder(store)
     holder.open(opening, [0, 2])
     holder.open(opening, [0, 2])
-    assert len(holder.call(opening, 1, "keys", ())) == manifest.layout["partitions"][1]["num_images"]
+    (keys,) = holder.outcomes([Call(opening, 1, "keys", ())])
+    assert len(keys.value) == Versions(open_store(store)).load(1).layout["partitions"][1]["num_images"]
     assert len(opened) == 3
     assert holder.versions() == [1]
     holder.close(opening)
     holder.close(opening)
     assert holder.versions() == []
+
+
+def test_what_was_closed_is_not_opened_again_for_a_query_that_was_given_up(store: str) -> None:
+    opening, holder = opening_of(store), Holder(store)
+    holder.close(opening)
+    holder.open(opening, [0])
+    (outcome,) = holder.outcomes([Call(opening, 0, "keys", ())])
+    assert isinstance(outcome.error, CbirError)
+    assert "version 1 was closed" in str(outcome.error)
+    assert holder.versions() == []
+
+
+def test_the_error_of_one_call_is_none_of_those_that_it_was_joined_with(store: str) -> None:
+    opening, holder = opening_of(store), Holder(store)
+    bad = FeatureBatch.of_global(np.zeros(1, np.int64), np.ones((1, 3), np.float32))
+    calls = [
+        Call(opening, 0, "keys", ()),
+        Call(opening, 0, "search", ({"local": bad}, 5)),
+        Call(opening, 0, "search", ({"other": bad}, 5)),
+        Call(opening, 1, "keys", ()),
+    ]
+    first, wrong, defect, last = holder.outcomes(calls)
+    assert set(first.value).isdisjoint(last.value)
+    assert isinstance(wrong.error, DataError)
+    assert "D = 3" in str(wrong.error)
+    assert isinstance(defect.error, RuntimeError)
+    assert "KeyError: 'other'" in str(defect.error)
+
+
+class Counted:
+    """An actor that notes how many calls it is given at once; it gets none before `go_on` is set."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor, self.sizes, self.go_on, self.began = actor, list[int](), threading.Event(), threading.Event()
+        self.call = self
+
+    def remote(self, calls: bytes) -> Any:
+        self.sizes.append(len(pickle.loads(calls)))
+        self.began.set()
+        assert self.go_on.wait(60)
+        return self._actor.call.remote(calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._actor, name)
+
+
+def new_actor(store: str) -> Any:
+    return ray.remote(concurrency_groups={CARE: 1})(Holder).options(num_cpus=0).remote(store)
+
+
+def test_calls_that_wait_together_become_one(
+    pool: QueryPool, store: str, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, bytes]
+) -> None:
+    """One call is on its way; ten more come, one by one, of several partitions and questions."""
+    actor, opening = Counted(new_actor(store)), opening_of(store)
+    kill = ray.kill
+    monkeypatch.setattr(ray, "kill", lambda counted: kill(counted._actor))
+    replicas = Replicas([actor], slow_s=60)
+    encoder = cbir.open(store, 1).encoder
+    queries = encoder.encode(encoder.extract([pictures[key] for key in QUERIES], [None] * 3))
+    asked = [Call(opening, number, "search", (queries, depth)) for number in range(5) for depth in (3, 7)]
+    try:
+        (first,) = replicas.submit([Call(opening, 0, "keys", ())])
+        assert actor.began.wait(60)
+        futures = [future for call in asked for future in replicas.submit([call])]
+        actor.go_on.set()
+        assert len(first.result(60)) > 0
+        found = [future.result(60)["local"] for future in futures]
+    finally:
+        actor.go_on.set()
+        replicas.end()
+    assert actor.sizes == [1, 10]
+    parts = cbir.open(store, 1).partitions
+    for call, hits in zip(asked, found, strict=True):
+        alone = parts[call.number].search(queries, call.arguments[1])["local"]
+        assert np.array_equal(hits.image_ids, alone.image_ids)
+        assert np.array_equal(hits.scores, alone.scores)
+    with pytest.raises(CbirError, match="the query pool is closed"):
+        replicas.submit(asked)
+
+
+def test_a_call_that_ends_every_process_it_meets_is_given_up(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        """An actor that is dead whenever it is called, and alive in between."""
+
+        def __init__(self) -> None:
+            self.calls = 0
+            self.call = self
+
+        def remote(self, _calls: Any) -> Any:
+            self.calls += 1
+            raise ray.exceptions.RayActorError
+
+    actor = Lost()
+    monkeypatch.setattr(ray, "kill", lambda _: None)
+    monkeypatch.setattr(replicas_module, "_RETRY_S", 0.001)
+    replicas = Replicas([actor], slow_s=60)
+    try:
+        (future,) = replicas.submit([Call(opening_of(store), 0, "keys", ())])
+        with pytest.raises(CbirError, match="died 8 times while they had this query"):
+            future.result(60)
+    finally:
+        replicas.end()
+    assert actor.calls == 8
+
+
+@pytest.fixture(scope="module")
+def shared_replicas(shared_pool: QueryPool, store: str) -> Iterator[QueryPool]:
+    """Two actors with the same partitions, beside the pool of the other tests."""
+    with QueryPool(store, num_actors=1, cpus=0, replicas=2, slow_s=0.2) as opened:
+        yield opened
+
+
+@pytest.fixture
+def replicas(shared_replicas: QueryPool, versions: Versions) -> QueryPool:
+    shared_replicas.refresh()
+    assert shared_replicas.version == 1
+    return shared_replicas
+
+
+def test_no_query_fails_while_one_replica_is_lost(
+    replicas: QueryPool, versions: Versions, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
+) -> None:
+    """Under load, each replica is killed once; between these deaths, and after them, versions are swapped."""
+    stop, answers = threading.Event(), list[tuple[str, Answer]]()
+
+    def ask(number: int) -> None:
+        while not stop.is_set():
+            key = QUERIES[(number + len(answers)) % len(QUERIES)]
+            answers.append((key, replicas.answer([pictures[key]], depth=20)))
+
+    with ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(ask, number) for number in range(3)]
+        try:
+            for actor, version in zip(replicas._shares[0].actors, (2, 1), strict=True):
+                wait_until(lambda: replicas.held_versions() == [[replicas.version]] * 2)
+                begun = len(answers)
+                os.kill(pid_of(actor), signal.SIGKILL)
+                wait_until(lambda begun=begun: len(answers) > begun + 20)
+                versions.rollback(version)
+                assert replicas.refresh()
+        finally:
+            stop.set()
+        for future in asked:
+            future.result()
+    assert {answer.version for _, answer in answers} == {1, 2}
+    for key, answer in answers:
+        assert answer.missing == ()
+        assert answer.results(0) == expected[answer.version][key]
+
+
+def test_a_slow_replica_is_helped_out(
+    replicas: QueryPool, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
+) -> None:
+    """A stopped process is the slowest of all: its calls go to the other one, whichever of them was asked first."""
+    wait_until(lambda: replicas.held_versions() == [[1]] * 2)
+    for actor in replicas._shares[0].actors:
+        pid = pid_of(actor)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for key in QUERIES:
+                assert replicas.search(pictures[key], depth=20) == expected[1][key]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert replicas.held_versions() == [[1]] * 2
+
+
+def test_partitions_that_miss_the_deadline_are_named(
+    pool: QueryPool, store: str, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
+) -> None:
+    """The second actor, which has partitions 1 and 3, is stopped."""
+    key, edges = QUERIES[0], [part.low for part in cbir.open(store, 1).partitions]
+    assert pool.answer([pictures[key]], depth=40, deadline_s=60).missing == ()
+    pid = pid_of(pool._shares[1].actors[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        answer = pool.answer([pictures[key]], depth=40, deadline_s=3)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert answer.missing == (1, 3)
+    owners = np.searchsorted(edges, [result.image_id for result in answer.results(0)], side="right") - 1
+    assert set(owners) <= {0, 2, 4}
+    held = Versions(open_store(store)).load(1).layout["partitions"]
+    assert len(owners) == sum(held[number]["num_images"] for number in (0, 2, 4))
+    assert pool.search(pictures[key], depth=20) == expected[1][key]
+
+
+def test_vectors_are_asked_as_in_one_process(pool: QueryPool, store: str, pictures: dict[str, bytes]) -> None:
+    searcher = cbir.open(store, 1)
+    raw = searcher.encoder.extract([pictures[key] for key in QUERIES], [None] * 3)
+    vectors = searcher.encoder.encode(raw)["local"].descriptors
+    for number, vector in enumerate(vectors):
+        assert pool.search(vector, depth=9) == searcher.search(vector, depth=9)
+        assert pool.answer_vectors(vectors, 9).results(number) == searcher.search(vector, depth=9)
+    with pytest.raises(DataError, match="have D = 3, but the index was trained on D = "):
+        pool.search(np.ones(3, np.float32))
+
+
+def test_a_closed_pool_answers_nothing(store: str, pool: QueryPool, pictures: dict[str, bytes]) -> None:
+    closed = QueryPool(store, cpus=0)
+    closed.close()
+    with pytest.raises(CbirError, match="the query pool is closed"):
+        closed.search(pictures[QUERIES[0]])
+    assert pool.search(pictures[QUERIES[0]], depth=1)[0].key == QUERIES[0]
