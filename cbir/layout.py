@@ -108,6 +108,7 @@ class IdMap:
     def __init__(self, path: Path) -> None:
         self.table = _mapped(path)
         self.image_ids: Int64s = self.table.column("image_id").to_numpy()
+        self._columns = {name: _one_chunk(self.table.column(name)) for name in self.table.column_names}
 
     @staticmethod
     def write(path: Path, table: pa.Table) -> None:
@@ -120,12 +121,20 @@ class IdMap:
 
     def rows(self, image_ids: Int64s) -> pa.Table:
         """The rows of these images, in this order; ArtifactError if the partition lacks one."""
+        return self.table.take(self._positions(image_ids))
+
+    def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
+        """The same as dictionaries, far sooner if there are few."""
+        positions = self._positions(image_ids).tolist()
+        return [{name: column[at].as_py() for name, column in self._columns.items()} for at in positions]
+
+    def _positions(self, image_ids: Int64s) -> Int64s:
         positions, found = _positions(self.image_ids, image_ids)
         if not found.all():
             raise ArtifactError(
                 f"image id {image_ids[~found][0]} is in the index but not in its id map; run `cbir verify`"
             )
-        return self.table.take(positions)
+        return positions
 
 
 class FeatureFile:
@@ -161,6 +170,11 @@ class FeatureFile:
         counts[found], sizes[found] = held.counts, held.sizes
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         return FeatureBatch(image_ids, offsets, held.descriptors, held.geometry, sizes, words=held.words)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Without a copy if it is one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _mapped(path: Path) -> pa.Table:

@@ -113,8 +113,7 @@ class Partition:
 
     def records(self, image_ids: Int64s) -> list[dict[str, Any]]:
         """The rows of the id map of these images, in this order."""
-        rows: list[dict[str, Any]] = self.ids.rows(image_ids).to_pylist()
-        return rows
+        return self.ids.records(image_ids)
 
     def keys(self) -> dict[int, str]:
         """Key by id of every image of this partition."""

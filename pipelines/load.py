@@ -14,7 +14,7 @@ import numpy as np
 
 from cbir.errors import CbirError
 from cbir.evaluation.metrics import ann_recall
-from cbir.types import Float64s, Int64s
+from cbir.types import Float64s, Int64s, in_order
 from pipelines.quality import RECALL_DEPTHS
 
 __all__ = ["Ask", "Figures", "Reply", "Sent", "Truth", "figures", "poisson_arrivals", "send"]
@@ -142,4 +142,4 @@ def _recall(queries: Sequence[int], replies: Sequence[Reply], truth: Truth | Non
 def _without(ids: Int64s, own: Int64s) -> Int64s:
     """The ids (Q, R - 1) but the query's own, or but the last one where that is not among them."""
     order = np.argsort(ids == own[:, None], axis=1, kind="stable")
-    return np.take_along_axis(ids, order, 1)[:, :-1]
+    return in_order(ids, order)[:, :-1]

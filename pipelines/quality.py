@@ -17,9 +17,9 @@ from cbir.layout import Layout
 from cbir.partition import LocalFiles, Partition, PartitionLike
 from cbir.rerank.adaptive import background
 from cbir.search import Answer, Searcher
-from cbir.types import FeatureBatch, Hits, Int64s, image_id
+from cbir.types import FeatureBatch, Hits, Int64s, image_id, in_order
 
-__all__ = ["Judged", "RawFeatures", "ann_recalls", "judge", "recalls_by_effort"]
+__all__ = ["Judged", "RawFeatures", "ann_recalls", "judge", "recalls_by_effort", "with_index"]
 
 RANKING_DEPTH = 10_000
 QUERY_BATCH = 16
@@ -154,7 +154,7 @@ def recalls_by_effort(
         return {}
     recalls: dict[int, float] = {}
     for value in sorted({*EFFORTS, getattr(spec, spec.effort)}):
-        changed = _with_index(config, channel, spec.model_copy(update={spec.effort: value}))
+        changed = with_index(config, channel, spec.model_copy(update={spec.effort: value}))
         partitions = [Partition(changed, part, files) for part in layout.partitions]
         found = ann_recalls(partitions, channel, probes, exact)
         if 10 not in found:
@@ -165,7 +165,8 @@ def recalls_by_effort(
     return recalls
 
 
-def _with_index(config: Config, channel: str, index: IndexSpec) -> Config:
+def with_index(config: Config, channel: str, index: IndexSpec) -> Config:
+    """The configuration with another index in a channel."""
     changed = config.channels[channel].model_copy(update={"index": index})
     return config.model_copy(update={"channels": {**config.channels, channel: changed}})
 
@@ -174,4 +175,4 @@ def _others(hits: Hits, probes: FeatureBatch) -> Int64s:
     """The ids (Q, R - 1) of the hits but that of the query itself, or but the last one where that was not found."""
     is_own = hits.image_ids == probes.image_ids[:, None]
     order = np.argsort(is_own, axis=1, kind="stable")
-    return np.take_along_axis(hits.image_ids, order, 1)[:, :-1]
+    return in_order(hits.image_ids, order)[:, :-1]

@@ -11,7 +11,7 @@ import numpy as np
 
 from cbir.index.dense import FAISS_METRIC, Metric, array_view
 from cbir.index.quantisers import codebooks_of, nearest_centroid, nearest_centroids, ranked_centroids
-from cbir.types import Floats, Int64s, State
+from cbir.types import Floats, Int64s, State, in_order
 
 __all__ = ["Coarse", "CoarseKind", "FlatCoarse", "HnswCoarse", "MultiIndex", "coarse_of", "restore_coarse"]
 
@@ -140,7 +140,7 @@ class MultiIndex(Coarse):
         lists = found[0][0][:, one] + len(self.words[0]) * found[1][0][:, other]
         distances = found[0][1][:, one] + found[1][1][:, other]
         order = np.lexsort((lists, distances))[:, :num]
-        return np.take_along_axis(lists, order, 1), np.take_along_axis(distances, order, 1)
+        return in_order(lists, order), in_order(distances, order)
 
     def _halves(self, rows: Floats) -> list[tuple[Floats, Floats]]:
         parts = np.split(rows, 2, axis=1)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from cbir.errors import ArtifactError, ConfigError, DataError
 from cbir.index.index import SearchIndex
-from cbir.types import Array, FeatureBatch, Floats, Hits, Int64s
+from cbir.types import Array, FeatureBatch, Floats, Hits, Int64s, in_order
 
 __all__ = [
     "FAISS_METRIC",
@@ -202,7 +202,7 @@ def _nearest_images(rows: Floats, depth: int, num_vectors: int, shortlist: Short
 def _best_of_each(image_ids: Int64s, scores: Floats) -> tuple[Int64s, Floats]:
     """Only the best score of an image stays in a row; its others become -1."""
     order = np.lexsort((-scores, image_ids))
-    ids, sorted_scores = np.take_along_axis(image_ids, order, 1), np.take_along_axis(scores, order, 1)
+    ids, sorted_scores = in_order(image_ids, order), in_order(scores, order)
     ids[:, 1:][np.diff(ids, axis=1) == 0] = -1
     return ids, sorted_scores
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cbir.index.dense import FAISS_METRIC, Metric, exact_scores
-from cbir.types import Floats, Int64s
+from cbir.types import Floats, Int64s, in_order
 
 __all__ = ["codebooks_of", "nearest_centroid", "nearest_centroids", "product_codes", "ranked_centroids"]
 
@@ -55,8 +55,8 @@ def ranked_centroids(rows: Floats, near: Int64s, num: int, centroids: Floats, me
     """The best `num` of the centroids `near` (K, R), which -1 pads, by distances found in double precision."""
     scores = exact_scores(rows, centroids, near, metric)
     order = np.lexsort((near, -scores))[:, :num]
-    best = np.take_along_axis(scores, order, 1).astype(np.float32)
-    return np.take_along_axis(near, order, 1), best if metric == "ip" else -best
+    best = in_order(scores, order).astype(np.float32)
+    return in_order(near, order), best if metric == "ip" else -best
 
 
 def product_codes(rows: Floats, codebooks: Floats) -> npt.NDArray[np.uint8]:
