@@ -186,6 +186,8 @@ def extract(
 
 
 def _print_quality(quality: Any) -> None:
+    for channel, choice in quality.get("index_choice", {}).items():
+        out.print(f"{channel}, index chosen: {choice['summary']}")
     for channel, recalls in quality.get("ann_recall", {}).items():
         if not recalls:
             continue

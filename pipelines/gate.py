@@ -10,6 +10,7 @@ from cbir.artifacts import Done, sha256_of
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, ConfigError
 from cbir.evaluation.ground_truth import read_ground_truth
+from cbir.index.choice import Choice
 from cbir.layout import Layout
 from cbir.partition import LocalFiles
 from cbir.search import Searcher, searcher_of
@@ -18,7 +19,7 @@ from cbir.storage import Store
 from cbir.types import FeatureBatch
 from cbir.verification import check_counts, check_files
 from cbir.versions import Manifest
-from pipelines.quality import ann_recalls, judge, recalls_by_effort
+from pipelines.quality import ann_recalls, judge, recalls_by_effort, with_index
 from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Task, Worker
@@ -49,7 +50,7 @@ class EvaluateTask(Task):
         searcher = searcher_of(worker.store, self.manifest, worker.device)
         check_counts(searcher, self.manifest)
         with worker.timer.phase("device"):
-            quality = self._recalls(worker, searcher) | self._truth(searcher)
+            quality = self._recalls(worker, searcher) | self._choices() | self._truth(searcher)
         text = json.dumps(quality, indent=1, sort_keys=True).encode()
         return self.finish(worker, [self.put(worker, "quality", text, "json")], {}, quality)
 
@@ -58,6 +59,9 @@ class EvaluateTask(Task):
         recalls: dict[str, dict[str, float]] = {}
         by_effort: dict[str, dict[str, float]] = {}
         layout, files = Layout.from_json(self.manifest.layout), LocalFiles(worker.store, self.manifest)
+        config = searcher.config
+        for name, choice in self._choices().get("index_choice", {}).items():
+            config = with_index(config, name, Choice.from_json(choice).spec)
         for name, train in self.trains.items():
             if searcher.config.channels[name].index.local:
                 continue  # an inverted file compares exactly what it holds
@@ -65,9 +69,14 @@ class EvaluateTask(Task):
             exact = probe_hits(worker, self.builds[name], len(probes))
             found = ann_recalls(searcher.partitions, name, probes, exact)
             recalls[name] = {str(k): value for k, value in found.items()}
-            curve = recalls_by_effort(layout, searcher.config, files, name, probes, exact)
+            curve = recalls_by_effort(layout, config, files, name, probes, exact)
             by_effort |= {name: {str(effort): value for effort, value in curve.items()}} if curve else {}
         return {"ann_recall": recalls, "recall_by_effort": by_effort}
+
+    def _choices(self) -> dict[str, dict[str, Any]]:
+        """Which index was chosen and why, by channel, where one was."""
+        choices = {name: train.facts["choice"] for name, train in self.trains.items() if "choice" in train.facts}
+        return {"index_choice": choices} if choices else {}
 
     def _truth(self, searcher: Searcher) -> dict[str, Any]:
         config = searcher.config.evaluate

@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,20 @@ from PIL import Image
 from cbir.errors import CbirError
 from cbir.evaluation.gallery import Gallery, choose_cases
 from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery
-from cbir.evaluation.report import Counts, QuarantineRow, Report, SearchFigures, StageRow, write_report
+from cbir.evaluation.report import (
+    Counts,
+    IndexChoice,
+    QuarantineRow,
+    Report,
+    SearchFigures,
+    StageRow,
+    TrialRow,
+    write_report,
+)
 from cbir.evaluation.search_page import Matches, SearchRow, write_search_page
 from cbir.images import BadImage, View, decode
+from cbir.index.choice import Choice
+from cbir.index.index import IndexSpec
 from cbir.layout import Layout
 from cbir.queries import Box
 from cbir.rerank.fits import Verifier
@@ -60,6 +72,7 @@ def write_evaluation(
         stages=[_stage_row(stage) for stage in stages],
         quarantine=ledger(store, manifest),
         quality=judged.quality if judged else None,
+        choices=[_index_choice(name, choice) for name, choice in _choices(manifest).items()],
         ann_recall=_ann_recall(manifest),
         recall_by_effort=_recall_by_effort(searcher),
         search=search_figures(manifest, judged) if judged else None,
@@ -94,12 +107,22 @@ def _ann_recall(manifest: Manifest) -> dict[int, float]:
 
 def _recall_by_effort(searcher: Searcher) -> dict[str, dict[int, float]]:
     curves = searcher.manifest.quality.get("recall_by_effort", {})
+    specs: dict[str, IndexSpec] = {name: channel.index for name, channel in searcher.config.channels.items()}
+    specs |= {name: choice.spec for name, choice in _choices(searcher.manifest).items()}
     return {
-        f"{searcher.config.channels[name].index.effort} of {name}": {
-            int(value): recall for value, recall in curve.items()
-        }
+        f"{specs[name].effort} of {name}": {int(value): recall for value, recall in curve.items()}
         for name, curve in curves.items()
     }
+
+
+def _choices(manifest: Manifest) -> dict[str, Choice]:
+    """Which index was chosen and why, by channel, where one was."""
+    return {name: Choice.from_json(choice) for name, choice in manifest.quality.get("index_choice", {}).items()}
+
+
+def _index_choice(channel: str, choice: Choice) -> IndexChoice:
+    rows = [TrialRow(**asdict(trial)) for trial in choice.trials]
+    return IndexChoice(channel, choice.summary, choice.queries, choice.vectors, rows)
 
 
 def search_figures(manifest: Manifest, judged: Judged) -> SearchFigures:

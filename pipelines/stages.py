@@ -57,7 +57,7 @@ class BuildTask(Task):
     def run(self, worker: Worker) -> Done:
         """Stream the features through the encoders."""
         trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
-        spec = self.work.channel.index
+        spec = trained.spec
         entries: list[pa.Table] = []
         exact: list[Hits] = []
         signatures: list[pa.RecordBatch] = []
@@ -66,7 +66,7 @@ class BuildTask(Task):
                 encoded = encode_all(trained.encoders, features)
                 entries.append(trained.index.entries(encoded))
                 if len(trained.probes) and not spec.local:
-                    exact.append(exact_search(trained.probes, encoded, self.work.channel.index.metric, PROBE_DEPTH))
+                    exact.append(exact_search(trained.probes, encoded, spec.metric, PROBE_DEPTH))
                 if self.work.channel.keep_signatures:
                     signatures.append(trained.index.signatures(encoded).to_arrow())
         table = sorted_table(pa.concat_tables(entries))

@@ -14,7 +14,8 @@ from cbir.artifacts import Done, StoredFile, read_part
 from cbir.config import assets_of
 from cbir.encoding.encoder import Encoder, EncoderSpec
 from cbir.errors import DataError
-from cbir.index.index import Index
+from cbir.index.auto import AutoIndex
+from cbir.index.index import Index, IndexSpec
 from cbir.queries import encode_all, encode_queries
 from cbir.rerank.adaptive import background
 from cbir.spec import fingerprint
@@ -279,7 +280,10 @@ class TrainTask(Task):
         path = worker.scratch("probes.parquet")
         write_parquet(path, pa.Table.from_batches([probes.to_arrow()]))
         files.append(self.put(worker, "probes", path, "parquet"))
-        return self.finish(worker, files, counts, {"dim": int(probes.descriptors.shape[1])})
+        facts: dict[str, Any] = {"dim": int(probes.descriptors.shape[1])}
+        if isinstance(index, AutoIndex):
+            facts["choice"] = index.choice.to_json()
+        return self.finish(worker, files, counts, facts)
 
     def _put_state(self, worker: Worker, role: str, trained: Encoder | Index) -> StoredFile:
         return self.put(worker, role, packed(trained.state()), "safetensors")
@@ -317,6 +321,8 @@ class Trained:
     encoders: list[Encoder]
     index: Index
     probes: FeatureBatch
+    spec: IndexSpec
+    """The settings of the index: those of the channel, or what training chose."""
 
     @classmethod
     def restore(cls, worker: Worker, work: ChannelWork, train: Done) -> "Trained":
@@ -324,7 +330,8 @@ class Trained:
         state = load_safetensors(read_part(worker.store, train.file("index")))
         encoders = _restored_encoders(worker, work, train)
         probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
-        return cls(encoders, work.channel.index.restore(state), probes)
+        index = work.channel.index.restore(state)
+        return cls(encoders, index, probes, index.spec if isinstance(index, AutoIndex) else work.channel.index)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ from cbir.evaluation.gallery import Gallery, QueryCase
 from cbir.evaluation.metrics import Quality
 from cbir.evaluation.page import data_uri, write_page
 
-__all__ = ["Counts", "QuarantineRow", "Report", "SearchFigures", "StageRow", "write_report"]
+__all__ = [
+    "Counts",
+    "IndexChoice",
+    "QuarantineRow",
+    "Report",
+    "SearchFigures",
+    "StageRow",
+    "TrialRow",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,31 @@ class QuarantineRow:
 
 
 @dataclass(frozen=True)
+class TrialRow:
+    """An index that was tried on a sample: bytes of a code, lists, probes, recall@10, and the bytes of codes that a
+    query reads for every indexed vector."""
+
+    index: str
+    bytes: int
+    lists: int
+    probes: int
+    recall: float
+    cost: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """Which index was chosen for a channel and why, and of how many queries and vectors the trials were."""
+
+    channel: str
+    summary: str
+    queries: int
+    vectors: int
+    trials: Sequence[TrialRow]
+
+
+@dataclass(frozen=True)
 class SearchFigures:
     """What a query costs in milliseconds, and an image in bytes of the index."""
 
@@ -71,6 +105,7 @@ class Report:
     stages: Sequence[StageRow] = ()
     quarantine: Sequence[QuarantineRow] = ()
     quality: Quality | None = None
+    choices: Sequence[IndexChoice] = ()
     ann_recall: Mapping[int, float] = field(default_factory=dict)
     recall_by_effort: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     search: SearchFigures | None = None
@@ -87,6 +122,7 @@ class Report:
             "stages": [{**asdict(row), "shares": dict(row.shares)} for row in self.stages],
             "quarantine": [{**asdict(row), "examples": list(row.examples)} for row in self.quarantine],
             "quality": self.quality and self.quality.to_json(per_query=True),
+            "choices": [asdict(choice) for choice in self.choices],
             "ann_recall": {str(depth): recall for depth, recall in self.ann_recall.items()},
             "recall_by_effort": {
                 name: {str(effort): recall for effort, recall in curve.items()}

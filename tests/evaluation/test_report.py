@@ -10,7 +10,16 @@ import pytest
 from cbir.evaluation.gallery import Gallery, choose_cases
 from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery
 from cbir.evaluation.metrics import evaluate
-from cbir.evaluation.report import Counts, QuarantineRow, Report, SearchFigures, StageRow, write_report
+from cbir.evaluation.report import (
+    Counts,
+    IndexChoice,
+    QuarantineRow,
+    Report,
+    SearchFigures,
+    StageRow,
+    TrialRow,
+    write_report,
+)
 
 HOSTILE = '<script>alert("x")</script>&.jpg'
 
@@ -30,6 +39,7 @@ def full_report() -> Report:
         stages=[StageRow("extract", 40, 3, 3725.0, 331.5, {"read": 0.25, "device": 0.745, "write": 0.005})],
         quarantine=[QuarantineRow("truncated", 7, (f"broken/{HOSTILE}",))],
         quality=quality,
+        choices=[IndexChoice("global", f"ivfpq {HOSTILE}", 200, 800, [TrialRow("ivfpq", 16, 64, 4, 0.912, 1.2, True)])],
         ann_recall={1: 0.99, 10: 0.875},
         recall_by_effort={"probes of global": {1: 0.511, 4: 0.722}},
         search=SearchFigures(12.34, 40.25, 64.0),
@@ -79,6 +89,8 @@ def test_every_figure_is_on_the_page(written: Path):
         assert figure in text
     for figure in ("12.3 ms", "40.2 ms", "64 B", "0.990", "0.875", "truncated", "1 right answers are not in the index"):
         assert figure in text
+    for figure in ("Choice of the index", "ivfpqchosen", "0.912", "1.200", "200 images of the sample"):
+        assert figure in text
 
 
 def test_the_page_needs_nothing_from_outside_and_runs_no_script(written: Path):
@@ -112,6 +124,7 @@ def test_the_json_beside_it_has_the_same_figures(written: Path):
     assert content["counts"]["quarantined"] == 7
     assert content["stages"][0]["shares"] == {"read": 0.25, "device": 0.745, "write": 0.005}
     assert content["ann_recall"] == {"1": 0.99, "10": 0.875}
+    assert content["choices"][0]["trials"][0]["probes"] == 4
     assert content["recall_by_effort"] == {"probes of global": {"1": 0.511, "4": 0.722}}
     assert content["worst"][0]["results"][0] == {"key": "x", "relevance": "wrong"}
 
