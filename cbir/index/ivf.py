@@ -173,6 +173,15 @@ class InvertedFile(IndexSpec):
                 f"coarse: imi halves a vector, but D = {dim} is odd; set coarse: flat, or reduce D by the encoder pca"
             )
 
+    @staticmethod
+    def check_words(found: int, bits: int) -> None:
+        """DataError if so many sample vectors are too few for codebooks of 2^bits words."""
+        if found < 2**bits:
+            raise DataError(
+                f"bits: {bits} bits need a sample of at least {2**bits} vectors, found {found}; "
+                "set fewer bits (4 need 16 vectors), take a larger sample, or use the index flat"
+            )
+
     def check_size(self, found: int, lists: int) -> None:
         """DataError if so many sample vectors are too few."""
         needed = math.isqrt(lists) if self.coarse == "imi" else lists

@@ -83,12 +83,7 @@ class IvfPq(RefinableFile):
 
     def check_size(self, found: int, lists: int) -> None:
         """DataError if so many sample vectors are too few for words or lists."""
-        words = 2**self.bits
-        if found < words:
-            raise DataError(
-                f"bits: {self.bits} bits need a sample of at least {words} vectors, found {found}; "
-                "set fewer bits (4 need 16 vectors), take a larger sample, or use the index flat"
-            )
+        self.check_words(found, self.bits)
         super().check_size(found, lists)
 
     def train_rotation(self, rows: Floats, seed: int) -> Floats | None:

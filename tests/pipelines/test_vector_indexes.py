@@ -1,4 +1,4 @@
-"""Indexes of single vectors through the whole pipeline: one channel each, in several partitions."""
+"""Indexes of vectors through the whole pipeline: one channel each, in several partitions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +24,13 @@ INDEXES = {
     "itq": {"name": "itq", "bits": 16},
     "spectral": {"name": "spectral_hash", "bits": 64},
     "memory": {"name": "memory_vectors", "group": 4, "form": "sum"},
+    "halves": {"name": "ivfflat", "lists": 4, "code": "float16"},
+    "refined": {"name": "ivfpq", "lists": 2, "bytes": 4, "bits": 4, "refine": "sq8"},
+    "fast": {"name": "ivfpq", "lists": 2, "bytes": 8, "bits": 4, "fast_scan": True, "refine": "float16"},
+    "pairs": {"name": "ivfpq", "lists": 4, "coarse": "imi", "bytes": 8, "bits": 4, "metric": "l2"},
+    "graph": {"name": "ivfpq", "lists": 4, "coarse": "hnsw", "bytes": 8, "bits": 4},
+    "additive": {"name": "ivfaq", "lists": 2, "bytes": 8, "bits": 4},
+    "rabitq": {"name": "ivfrabitq", "lists": 2},
 }
 ENCODERS = [{"name": "rootsift"}, {"name": "vlad", "words": 4}, {"name": "pca", "dim": 16}]
 
@@ -60,12 +67,15 @@ def test_the_quality_of_every_search_is_measured(built: tuple[Config, Manifest])
     recall = built[1].quality["ann_recall"]
     assert recall["hnsw"]["10"] == recall["memory"]["10"] == 1.0, "so few vectors are compared one by one"
     assert 0.2 < recall["itq"]["10"] < 1.0
+    assert recall["halves"]["10"] == 1.0
+    assert min(recall["refined"]["10"], recall["fast"]["10"]) > 0.95
+    assert 0.3 < recall["additive"]["10"] < 1.0
 
 
-@pytest.mark.parametrize("channel", ["pq", "hnsw", "itq", "spectral", "memory"])
+@pytest.mark.parametrize("channel", [name for name in INDEXES if name not in ("sdc", "lsh", "tables")])
 def test_an_exported_index_holds_all_partitions(built: tuple[Config, Manifest], channel: str, tmp_path: Path) -> None:
     store = open_store(built[0].store)
     path, _ = export(store, Versions(store).load(), tmp_path, channel, "faiss")
     whole = faiss.read_index(str(path))
     assert whole.ntotal == 40
-    assert (whole.search(np.zeros((1, 16), np.float32), 5)[1] >= 0).all()
+    assert (whole.search(np.ones((1, 16), np.float32), 5)[1] >= 0).all()
