@@ -78,9 +78,12 @@ def test_every_form_of_a_column_gives_the_same_index(form, tmp_path):
 def test_an_inverted_file_of_other_makers_vectors_keeps_their_keys(tmp_path):
     write(tmp_path / "vectors" / "all.parquet", VECTORS, KEYS)
     ivfpq = {"name": "ivfpq", "lists": 4, "probes": 4, "bytes": 8, "bits": 5}
-    data = settings(tmp_path, evaluate={"probes": 0})
+    data = settings(tmp_path, evaluate={"probes": 40})
     data["channels"]["given"] |= {"encoders": [{"name": "l2"}], "index": ivfpq}
-    searcher, _ = published(data)
+    searcher, manifest = published(data)
+    curve = manifest.quality["recall_by_effort"]["given"]
+    assert list(curve) == ["1", "2", "4", "8", "16"], "more than the four lists three times find the same"
+    assert curve["4"] == curve["16"] < 1
     assert set(searcher.keys().values()) == set(KEYS)
     record = searcher.partitions[0].records(np.array([image_id("product/7")]))[0]
     assert (record["kind"], record["object"], record["start"], record["num_bytes"]) == (
