@@ -1,5 +1,6 @@
 """Stage `evaluate`: the gate that a candidate passes before it is published."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, ConfigError
 from cbir.evaluation.ground_truth import read_ground_truth
 from cbir.index.choice import Choice
+from cbir.index.index import IndexSpec, SearchIndex
 from cbir.layout import Layout
 from cbir.partition import LocalFiles
 from cbir.search import Searcher, searcher_of
@@ -19,7 +21,8 @@ from cbir.storage import Store
 from cbir.types import FeatureBatch
 from cbir.verification import check_counts, check_files
 from cbir.versions import Manifest
-from pipelines.quality import ann_recalls, judge, recalls_by_effort, with_index
+from pipelines.quality import judge
+from pipelines.recall import index_recalls, recalls_by_effort
 from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Task, Worker
@@ -50,28 +53,31 @@ class EvaluateTask(Task):
         searcher = searcher_of(worker.store, self.manifest, worker.device)
         check_counts(searcher, self.manifest)
         with worker.timer.phase("device"):
-            quality = self._recalls(worker, searcher) | self._choices() | self._truth(searcher)
+            quality = self._recalls(worker, searcher.config) | self._choices() | self._truth(searcher)
         text = json.dumps(quality, indent=1, sort_keys=True).encode()
         return self.finish(worker, [self.put(worker, "quality", text, "json")], {}, quality)
 
-    def _recalls(self, worker: Worker, searcher: Searcher) -> dict[str, dict[str, dict[str, float]]]:
+    def _recalls(self, worker: Worker, config: Config) -> dict[str, dict[str, dict[str, float]]]:
         """Against exact search, by channel: recall@k by k, and recall@10 by effort."""
         recalls: dict[str, dict[str, float]] = {}
         by_effort: dict[str, dict[str, float]] = {}
-        layout, files = Layout.from_json(self.manifest.layout), LocalFiles(worker.store, self.manifest)
-        config = searcher.config
-        for name, choice in self._choices().get("index_choice", {}).items():
-            config = with_index(config, name, Choice.from_json(choice).spec)
         for name, train in self.trains.items():
-            if searcher.config.channels[name].index.local:
+            spec = config.channels[name].index
+            if spec.local:
                 continue  # an inverted file compares exactly what it holds
+            spec = Choice.from_json(train.facts["choice"]).spec if "choice" in train.facts else spec
+            opened = functools.partial(self._opened, LocalFiles(worker.store, self.manifest), name)
             probes = FeatureBatch.from_arrow(open_parquet(worker.store, train.file("probes")).read())
             exact = probe_hits(worker, self.builds[name], len(probes))
-            found = ann_recalls(searcher.partitions, name, probes, exact)
-            recalls[name] = {str(k): value for k, value in found.items()}
-            curve = recalls_by_effort(layout, config, files, name, probes, exact)
+            recalls[name] = {str(k): value for k, value in index_recalls(opened(spec), probes, exact).items()}
+            curve = recalls_by_effort(spec, opened, probes, exact)
             by_effort |= {name: {str(effort): value for effort, value in curve.items()}} if curve else {}
         return {"ann_recall": recalls, "recall_by_effort": by_effort}
+
+    def _opened(self, files: LocalFiles, channel: str, spec: IndexSpec) -> list[SearchIndex]:
+        """The partitions of a channel's index."""
+        partitions = Layout.from_json(self.manifest.layout).partitions
+        return [spec.load(*map(files.path, part.indexes[channel])) for part in partitions]
 
     def _choices(self) -> dict[str, dict[str, Any]]:
         """Which index was chosen and why, by channel, where one was."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cbir.errors import CbirError
-from cbir.evaluation.metrics import ann_recall
-from cbir.types import Float64s, Int64s, in_order
-from pipelines.quality import RECALL_DEPTHS
+from cbir.types import Float64s, Int64s
+from pipelines.recall import others, recalls
 
 __all__ = ["Ask", "Figures", "Reply", "Sent", "Truth", "figures", "poisson_arrivals", "send"]
 
@@ -134,12 +133,5 @@ def _recall(queries: Sequence[int], replies: Sequence[Reply], truth: Truth | Non
     found = np.full((len(replies), depth + 1), -1, np.int64)
     for row, reply in zip(found, replies, strict=True):
         row[: len(reply.image_ids)] = reply.image_ids[: depth + 1]
-    found, wanted = (_without(ids, truth.own[queries]) for ids in (found, truth.exact[queries]))
-    most = min(depth, int((wanted[0] >= 0).sum()))
-    return {str(k): ann_recall(found, wanted, k) for k in [k for k in RECALL_DEPTHS if k <= most] or [most]}
-
-
-def _without(ids: Int64s, own: Int64s) -> Int64s:
-    """The ids (Q, R - 1) but the query's own, or but the last one where that is not among them."""
-    order = np.argsort(ids == own[:, None], axis=1, kind="stable")
-    return in_order(ids, order)[:, :-1]
+    found, wanted = (others(ids, truth.own[queries]) for ids in (found, truth.exact[queries]))
+    return {str(k): value for k, value in recalls(found, wanted, depth).items()}

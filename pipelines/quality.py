@@ -1,4 +1,4 @@
-"""How good a searcher is: against ground truth, and its indexes against exact search."""
+"""How good a searcher is, against ground truth."""
 
 import time
 from collections import defaultdict
@@ -6,25 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-
-from cbir.config import Config
 from cbir.errors import DataError
 from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery, read_ground_truth
-from cbir.evaluation.metrics import Quality, ann_recall, evaluate
-from cbir.index.index import IndexSpec
-from cbir.layout import Layout
-from cbir.partition import LocalFiles, Partition, PartitionLike
+from cbir.evaluation.metrics import Quality, evaluate
 from cbir.rerank.adaptive import background
 from cbir.search import Answer, Searcher
-from cbir.types import FeatureBatch, Hits, Int64s, image_id, in_order
+from cbir.types import FeatureBatch, Hits, image_id
 
-__all__ = ["Judged", "RawFeatures", "ann_recalls", "judge", "recalls_by_effort", "with_index"]
+__all__ = ["Judged", "RawFeatures", "judge"]
 
 RANKING_DEPTH = 10_000
 QUERY_BATCH = 16
-RECALL_DEPTHS = (1, 10, 100)
-EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 RawFeatures = Callable[[Sequence[GroundTruthQuery]], Mapping[str, FeatureBatch]]
 """The extractors' features of some queries by channel, for a caller that has them already."""
@@ -127,52 +119,3 @@ def _picture(searcher: Searcher, truth: GroundTruth, query: GroundTruthQuery, ke
             if keys.get(image_id(key)) == key:
                 return searcher.picture(image_id(key))
         raise
-
-
-def ann_recalls(
-    partitions: Sequence[PartitionLike], channel: str, probes: FeatureBatch, exact: Hits
-) -> dict[int, float]:
-    """Recall@k of a channel's index against exact search, by k: of the other images, as the probe itself is indexed and
-    found by any index."""
-    wanted = _others(exact, probes)
-    held = int((wanted[:1] >= 0).sum())
-    if not held:
-        return {}
-    depths = [depth for depth in RECALL_DEPTHS if depth <= held] or [held]
-    hits = [part.search({channel: probes}, max(depths) + 1)[channel] for part in partitions]
-    found = _others(Hits.merge(hits, max(depths) + 1), probes)
-    return {depth: ann_recall(found, wanted, depth) for depth in depths}
-
-
-def recalls_by_effort(
-    layout: Layout, config: Config, files: LocalFiles, channel: str, probes: FeatureBatch, exact: Hits
-) -> dict[int, float]:
-    """Recall@10 by how much of a channel's index a search looks at: by the values of `IndexSpec.effort`, up to one that
-    finds all, or no more than the two before it; empty for an index without."""
-    spec = config.channels[channel].index
-    if spec.effort is None:
-        return {}
-    recalls: dict[int, float] = {}
-    for value in sorted({*EFFORTS, getattr(spec, spec.effort)}):
-        changed = with_index(config, channel, spec.model_copy(update={spec.effort: value}))
-        partitions = [Partition(changed, part, files) for part in layout.partitions]
-        found = ann_recalls(partitions, channel, probes, exact)
-        if 10 not in found:
-            break
-        recalls[value] = found[10]
-        if found[10] == 1.0 or list(recalls.values())[-3:] == [found[10]] * 3:
-            break
-    return recalls
-
-
-def with_index(config: Config, channel: str, index: IndexSpec) -> Config:
-    """The configuration with another index in a channel."""
-    changed = config.channels[channel].model_copy(update={"index": index})
-    return config.model_copy(update={"channels": {**config.channels, channel: changed}})
-
-
-def _others(hits: Hits, probes: FeatureBatch) -> Int64s:
-    """The ids (Q, R - 1) of the hits but that of the query itself, or but the last one where that was not found."""
-    is_own = hits.image_ids == probes.image_ids[:, None]
-    order = np.argsort(is_own, axis=1, kind="stable")
-    return in_order(hits.image_ids, order)[:, :-1]
