@@ -3,9 +3,8 @@
     stages/<stage>/<fingerprint>/part-<sha256>.<suffix>   content-addressed outputs of one piece of work
     stages/<stage>/<fingerprint>/DONE.json                the record that names them; written last, if absent
     versions/<20 digits>.json                             immutable manifests; creating one is the commit point
-    CURRENT                                               the one mutable object; readers follow it and nothing else
-    leases/<write id>.json                                runs that are alive, so that gc leaves their work alone
-    pins/<20 digits>                                      versions that gc must keep
+    CURRENT                                               readers follow it and nothing else; see `cbir.versions`
+    WRITER                                                which run may publish and delete; see `cbir.lease`
 
 A piece of work is a pure function of what its fingerprint covers. Doing it twice gives the same bytes, so late,
 duplicated and killed workers are harmless: whoever creates DONE first has done it, the others take that record.
@@ -16,35 +15,28 @@ import hashlib
 import json
 import os
 import signal
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbir.errors import ArtifactError, ObjectMissing, StorageError
+from cbir.errors import ArtifactError, ObjectMissing
 from cbir.storage import Store
 
 __all__ = [
-    "LEASE_SECONDS",
     "Done",
     "StoredFile",
+    "as_record",
     "create_done",
     "dump_json",
     "failpoint",
     "find_done",
-    "lease",
-    "live_leases",
     "load_json",
     "put_part",
     "read_part",
     "sha256_of",
     "stage_prefix",
 ]
-
-LEASE_SECONDS = 600
 
 
 def failpoint(name: str) -> None:
@@ -83,11 +75,24 @@ def load_json(data: bytes, place: str) -> dict[str, Any]:
     """A record back from its bytes; ArtifactError if they are not the JSON of one."""
     try:
         record = json.loads(data)
-    except ValueError as error:
-        raise ArtifactError(f"{place} is damaged ({error}); delete it and run `cbir index` again") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(place, str(error)) from None
     if not isinstance(record, dict):
-        raise ArtifactError(f"{place} is damaged (no JSON object); delete it and run `cbir index` again")
+        raise _damaged(place, "no JSON object")
     return record
+
+
+@contextlib.contextmanager
+def as_record(place: str) -> Iterator[None]:
+    """ArtifactError that names the place of a record whose fields turn out in the block to be others than its own."""
+    try:
+        yield
+    except (TypeError, KeyError) as error:
+        raise _damaged(place, f"{type(error).__name__}: {error}") from None
+
+
+def _damaged(place: str, how: str) -> ArtifactError:
+    return ArtifactError(f"{place} is damaged ({how}); delete it and run `cbir index` again")
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,8 @@ class Done:
     def from_json(cls, data: bytes, place: str) -> "Done":
         """Back from the bytes of a DONE.json; ArtifactError if it is damaged."""
         record = load_json(data, place)
-        record["files"] = tuple(StoredFile(**file) for file in record["files"])
-        return cls(**record)
+        with as_record(place):
+            return cls(**{**record, "files": tuple(StoredFile(**file) for file in record["files"])})
 
 
 def stage_prefix(stage: str, fingerprint: str) -> str:
@@ -171,38 +176,3 @@ def read_part(store: Store, file: StoredFile) -> bytes:
             f"{store.place(file.key)} is missing, but the record DONE.json beside it says that it was made; "
             "delete that record and run again, so that it is made anew"
         ) from None
-
-
-@contextlib.contextmanager
-def lease(store: Store, owner: str) -> Iterator[None]:
-    """Show that a run is alive until the block ends; a thread renews the sign, however long a piece of work takes."""
-    key, ended = f"leases/{uuid.uuid4().hex}.json", threading.Event()
-
-    def renew() -> None:
-        store.write(key, dump_json({"owner": owner, "expires": time.time() + LEASE_SECONDS}))
-
-    def keep_renewing() -> None:
-        while not ended.wait(LEASE_SECONDS / 3):
-            with contextlib.suppress(StorageError):  # the lease outlives two more attempts
-                renew()
-
-    renew()
-    thread = threading.Thread(target=keep_renewing, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        store.delete(key)
-
-
-def live_leases(store: Store, now: float | None = None) -> list[str]:
-    """The owners of the leases that have not ended."""
-    alive = []
-    for info in store.list("leases/"):
-        with contextlib.suppress(ObjectMissing):
-            record = json.loads(store.read(info.key))
-            if record["expires"] > (time.time() if now is None else now):
-                alive.append(str(record["owner"]))
-    return alive

@@ -4,6 +4,7 @@
     ├── ConfigError      the YAML asks for something that does not exist or cannot work
     ├── DataError        the images, their keys or the features made of them cannot be used as asked
     ├── ArtifactError    a stored file, record or version is missing, incomplete or not what its record says
+    ├── LeaseError       another run writes to the store, or has taken it over
     └── StorageError     the object store refused, failed or behaved in a way that is unsafe
         ├── ObjectMissing    no object lies under that key
         └── UnsafeStore      the store ignores conditional writes; publishing on it would lose versions
@@ -16,6 +17,7 @@ __all__ = [
     "CbirError",
     "ConfigError",
     "DataError",
+    "LeaseError",
     "ObjectMissing",
     "StorageError",
     "UnsafeStore",
@@ -36,6 +38,10 @@ class DataError(CbirError):
 
 class ArtifactError(CbirError):
     """A stored file, record or version is missing, incomplete or not what its record says."""
+
+
+class LeaseError(CbirError):
+    """Another run writes to the store, or has taken it over from this one."""
 
 
 class StorageError(CbirError):

@@ -21,9 +21,9 @@ from cbir.storage import Store
 from cbir.types import FeatureBatch
 from cbir.verification import check_counts, check_files
 from cbir.versions import Manifest
+from pipelines.build import probe_hits
 from pipelines.quality import judge
 from pipelines.recall import index_recalls, recalls_by_effort
-from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Task, Worker
 
@@ -94,13 +94,14 @@ class EvaluateTask(Task):
         """The manifest with its quality; ArtifactError, and the candidate kept for inspection, if below the floor."""
         quality = dict(done.facts)
         manifest = replace(self.manifest, quality=quality, work=(*self.manifest.work, self.prefix))
-        below = _below_floor(parse_config(manifest.config, "the candidate"), quality)
+        config = parse_config(manifest.config, "the candidate")
+        below = [*_below_floor(config, quality), *_too_few(config, manifest.counts)]
         if below:
             key = f"candidates/{manifest.content}.json"
             store.write(key, manifest.to_json())
             raise ArtifactError(
                 f"the gate refuses this version: {'; '.join(below)}. Nothing was published; the candidate is kept at "
-                f"{store.uri}/{key}. Improve the index, or lower evaluate.floor"
+                f"{store.uri}/{key}. Improve the index, or change evaluate.floor"
             )
         return manifest
 
@@ -133,3 +134,13 @@ def _below_floor(config: Config, quality: Mapping[str, Any]) -> list[str]:
         for name, least, found in measured
         if least is not None and (found is None or found < least)
     ]
+
+
+def _too_few(config: Config, counts: Mapping[str, int]) -> list[str]:
+    floor, share = config.evaluate.floor, counts["quarantined"] / max(counts["images"], 1)
+    found = []
+    if floor.images is not None and counts["indexed"] < floor.images:
+        found.append(f"images is {counts['indexed']:,}, the floor is {floor.images:,}")
+    if floor.quarantined is not None and share > floor.quarantined:
+        found.append(f"quarantined is {share:.4f} of {counts['images']:,} images, the most is {floor.quarantined:g}")
+    return found

@@ -1,4 +1,4 @@
-"""The commands that look after the versions of an index: verify, list, roll back, pin, delete, export."""
+"""The commands that look after the versions of an index: verify, list, roll back, delete, unlock, pin, export."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +11,7 @@ from pipelines.terminal import IndexOrConfig, VersionOption, err, out, store_of
 if TYPE_CHECKING:
     from cbir.versions import Versions
 
-__all__ = ["COMMANDS", "export", "gc", "pin", "rollback", "unpin", "verify", "versions"]
+__all__ = ["COMMANDS", "export", "gc", "pin", "rollback", "unlock", "unpin", "verify", "versions"]
 
 Format = Literal["faiss", "parquet"]
 ChosenVersion = Annotated[int, typer.Option("--version", help="Which version.", show_default=False)]
@@ -43,8 +43,9 @@ def verify(
     store = store_of(index)
     manifest = Versions(store).load(version)
     if repair:
-        for prefix in forget_damaged(store, manifest):
-            out.print(f"forgot {prefix}")
+        with Versions(store).writing("cbir verify --repair", err.print):
+            for prefix in forget_damaged(store, manifest):
+                out.print(f"forgot {prefix}")
         return
     with err.status("reading") as status:
         check_files(store, manifest, lambda file: status.update(f"read {file.key}"))
@@ -101,16 +102,37 @@ def gc(
 ) -> None:
     """Delete what no kept version needs: old versions, unfinished and superseded work. A dry run by default.
 
+    While another run writes to the store it deletes nothing. Versions that it gives up can never be current again.
+
     Example: `cbir gc my-index --keep 2 --delete`
     """
+    from cbir.garbage import garbage, sweep
+    from cbir.lease import writer_of
+
     found = _versions(index)
-    number = size = 0
-    for key, num_bytes in found.garbage(keep):
-        if delete:
-            found.store.delete(key)
-        number, size = number + 1, size + num_bytes
-    verb = "deleted" if delete else "would delete (add --delete)"
-    out.print(f"{verb}: {number:,} objects, {size / 1e6:,.1f} MB")
+    if delete:
+        with found.writing("cbir gc", err.print) as held:
+            sizes = [info.size for info in sweep(found, keep, held)]
+        out.print(f"deleted: {len(sizes):,} objects, {sum(sizes) / 1e6:,.1f} MB")
+        return
+    sizes = [info.size for info in garbage(found, keep)]
+    out.print(f"would delete (add --delete): {len(sizes):,} objects, {sum(sizes) / 1e6:,.1f} MB")
+    writer = writer_of(found.store)
+    if writer is not None and not writer.has_ended():
+        err.print(f"this counts what {writer.owner} may be making just now; as long as it writes, nothing is deleted")
+
+
+def unlock(index: IndexOrConfig) -> None:
+    """Let the next run write at once, where the last one died on another machine and its lease still lasts.
+
+    Only for a run that certainly has ended; one that is alive could publish nothing more.
+
+    Example: `cbir unlock s3://indexes/landmarks`
+    """
+    from cbir.lease import unlock as free
+
+    writer = free(_versions(index).store)
+    out.print("nobody held the lease" if writer is None else f"freed the lease of {writer.owner or 'nobody'}")
 
 
 def pin(index: IndexOrConfig, version: ChosenVersion) -> None:
@@ -152,5 +174,5 @@ def export(
         out.print(str(path), soft_wrap=True)
 
 
-COMMANDS = (verify, versions, rollback, gc, pin, unpin, export)
+COMMANDS = (verify, versions, rollback, gc, unlock, pin, unpin, export)
 """In the order in which the help lists them."""

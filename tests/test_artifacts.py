@@ -1,10 +1,10 @@
-"""Records of finished work and leases."""
+"""Records of finished work."""
 
 from pathlib import Path
 
 import pytest
 
-from cbir.artifacts import Done, create_done, find_done, lease, live_leases, put_part, sha256_of
+from cbir.artifacts import Done, create_done, find_done, put_part, sha256_of
 from cbir.errors import ArtifactError
 from cbir.storage import Store, open_store
 
@@ -33,14 +33,28 @@ def test_a_record_survives_the_store(store: Store) -> None:
         done.file("index")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"stage": ',
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"stage": "extract"}',
+        b'{"files": 1}',
+        b'{"files": [], "stbge": 1}',
+    ],
+    ids=["cut", "list", "binary", "deep", "few fields", "another type", "misspelt"],
+)
+def test_a_damaged_record_is_named(store: Store, content: bytes) -> None:
+    store.write("stages/extract/a/DONE.json", content)
+    with pytest.raises(
+        ArtifactError, match=r"extract/a/DONE\.json is damaged \(.*; delete it and run `cbir index` again"
+    ):
+        find_done(store, "extract", "a")
+
+
 def test_the_first_attempt_wins_and_the_second_takes_its_record(store: Store) -> None:
     first = Done("extract", "a", (), {"images": 1})
     create_done(store, first)
     assert create_done(store, Done("extract", "a", (), {"images": 2})) == first
-
-
-def test_a_lease_lives_as_long_as_its_run(store: Store) -> None:
-    with lease(store, "cbir index"):
-        assert live_leases(store) == ["cbir index"]
-        assert live_leases(store, now=4e9) == []
-    assert live_leases(store) == []

@@ -1,5 +1,6 @@
 """Real servers for tests: moto for speed, Ceph's radosgw for evidence."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -19,6 +20,7 @@ from cbir.config import parse_config
 from cbir.storage import open_store
 from pipelines.indexing import index
 from tests.service.faults import FaultServer
+from tests.service.radosgw import Radosgw
 from tests.service.runs import stages_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -49,20 +51,27 @@ def moto() -> Iterator[str]:
         server.wait(timeout=20)
 
 
-@pytest.fixture(scope="session")
-def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of a radosgw that is started by the project's own script; about 15 s."""
+@contextlib.contextmanager
+def running_radosgw(folder: Path) -> Iterator[Radosgw]:
+    """A radosgw that is started by the project's own script; about 15 s."""
     missing = [program for program in RADOSGW_PROGRAMS if shutil.which(program) is None]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: apt-get install radosgw ceph-mon ceph-osd ceph-common curl")
-    folder, port = tmp_path_factory.mktemp("radosgw"), free_port()
+    port = free_port()
     started = subprocess.run([RADOSGW_UP, folder, str(port)], capture_output=True, text=True, timeout=300)
     assert started.returncode == 0, started.stderr
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield Radosgw(folder, port)
     finally:
         subprocess.run([RADOSGW_UP, "--stop", folder], check=True, timeout=60)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def radosgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a radosgw that nobody kills."""
+    with running_radosgw(tmp_path_factory.mktemp("radosgw")) as server:
+        yield server.endpoint
 
 
 @pytest.fixture
