@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import faiss
 import numpy as np
 
-from cbir.encoding.kmeans import kmeans_in_groups
+from cbir.encoding.kmeans import BLOCK, kmeans_in_groups, unit_rows
 from cbir.encoding.scan import Grid, WordLists, finite_rows, nearest_of
 from cbir.types import Array, Float64s, Floats, Int32s, State
 
-__all__ = ["CellAssigner", "ExactAssigner", "HnswAssigner"]
+__all__ = ["CellAssigner", "DirectionAssigner", "ExactAssigner", "HnswAssigner"]
 
 
 class ExactAssigner:
@@ -78,6 +78,43 @@ class CellAssigner:
     def restore(cls, centroids: Floats, state: State) -> "CellAssigner":
         """From `state()`."""
         return cls(centroids, state["cells"], state["cell_of"], int(state["probes"][0]))
+
+
+class DirectionAssigner:
+    """Compares a row with the words of its nearest cells, for rounds of k-means over many words.
+
+    A cell is a range of directions from the mean of the words (spherical k-means, Dhillon and Modha 2001). Cells of
+    places would be of very unequal size where words lie in no hierarchy: whatever lies near the mean is near to all in
+    many dimensions (Radovanović et al., Hubs in space, 2010), so that a word there, once it has drawn in rows of which
+    the own word was missed, makes the next round dearer and worse.
+    """
+
+    PROBES, ITERATIONS = 24, 4
+
+    def __init__(self, centroids: Floats) -> None:
+        self.centroids = centroids
+        self._mean = np.add.reduce(centroids, axis=0, dtype=np.float64) / len(centroids)
+        num_cells = min(len(centroids), round((self.PROBES * len(centroids)) ** 0.5))
+        directions, everywhere = self._directions(centroids), np.zeros(len(centroids), np.int32)
+        cells, _ = kmeans_in_groups(directions, everywhere, np.array([num_cells]), self.ITERATIONS, 0)
+        nearest = WordLists(unit_rows(cells)).nearest(directions, None, 1)[0][:, 0]
+        used, cell_of = np.unique(nearest, return_inverse=True)
+        self._cells = WordLists(unit_rows(cells[used]))
+        self._words = WordLists(centroids, cell_of.astype(np.int32), len(used))
+
+    def _directions(self, rows: Floats) -> Floats:
+        return unit_rows(rows - self._mean)
+
+    def nearest(self, rows: Array, num: int) -> tuple[Int32s, Float64s]:
+        """The nearest words in PROBES cells, none of which is empty; -1 and inf where these hold fewer words."""
+        words, squared = np.empty((len(rows), num), np.int32), np.empty((len(rows), num))
+        probes = min(self.PROBES, len(self._cells.words))
+        for start in range(0, len(rows), BLOCK):
+            some = slice(start, start + BLOCK)
+            block = finite_rows(rows[some], self.centroids.shape[1])
+            cells, _ = self._cells.nearest(self._directions(block), None, probes)
+            words[some], squared[some] = self._words.nearest(block, cells, num)
+        return words, squared
 
 
 class HnswAssigner:

@@ -6,7 +6,7 @@ over an approximate assigner is that of Philbin et al. 2007 (approximate k-means
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +27,10 @@ __all__ = [
     "common_exponent",
     "kmeans_in_groups",
     "lloyd",
+    "nested_parts",
     "sampled_rows",
     "two_level_words",
+    "unit_rows",
     "update",
 ]
 
@@ -43,6 +45,9 @@ BITS, HEADROOM_BITS = 24, 8
 of that size still fit an int64."""
 
 CELL_ITERATIONS, START_ITERATIONS = 10, 5
+
+START_ROWS_PER_WORD = 4, 64
+"""The fewest, and the most, rows per word of a round before those over the whole sample."""
 
 BLOCK = 4096
 
@@ -103,6 +108,12 @@ def sampled_rows(rows: Array, words: int, seed: int) -> Array:
     if len(rows) <= most:
         return rows
     return rows[np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
+
+
+def unit_rows(rows: Array) -> Floats:
+    """Rows (n, D) at unit length, each by itself; rows of zeros stay."""
+    norms = np.sqrt(np.add.reduce(np.square(rows, dtype=np.float64), axis=1, keepdims=True))
+    return np.asarray(rows / np.where(norms > 0, norms, 1), np.float32)
 
 
 def common_exponent(rows: Array) -> int:
@@ -211,6 +222,22 @@ def kmeans_in_groups(
         sums = _sums_of(rows, words[:, 0], squared[:, 0], len(centroids), exponent)
         centroids = update(centroids, sums, word_groups)
     return centroids, word_groups
+
+
+def nested_parts(rows: Array, words: int, seed: int) -> Iterator[Array]:
+    """Parts of rows to begin k-means with, drawn by the seed, each within the next: first as many as words, which are
+    the words to begin with; then half of all, but at most 64 rows per word, and before it its half, and so on down to 4
+    rows per word.
+
+    In the first rounds words move far, for which few rows are enough (Newling and Fleuret, Nested mini-batch k-means,
+    2016). Where half of all is less than 4 rows per word, it is all rows instead, twice.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    yield rows[np.sort(order[:words])]
+    largest = min(len(rows) // 2, START_ROWS_PER_WORD[1] * words)
+    halvings = range((largest // (START_ROWS_PER_WORD[0] * words)).bit_length())
+    for size in [largest >> number for number in reversed(halvings)] or [len(rows)] * 2:
+        yield rows[np.sort(order[:size])]
 
 
 def two_level_words(rows: Array, words: int, seed: int) -> Floats:

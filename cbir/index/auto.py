@@ -14,7 +14,7 @@ from cbir.index.choice import Choice, candidates, choose
 from cbir.index.codes import inverted_file
 from cbir.index.dense import Metric, open_mapped
 from cbir.index.flat import Flat
-from cbir.index.index import Index, IndexSpec, SearchIndex
+from cbir.index.index import Assignment, Index, IndexSpec, SearchIndex
 from cbir.index.ivfflat import IvfFlat
 from cbir.index.ivfpq import IvfPq
 from cbir.index.ivfrabitq import IvfRabitq
@@ -76,6 +76,10 @@ class AutoIndex(Index):
     def entries(self, batch: FeatureBatch) -> pa.Table:
         """Those of the index chosen."""
         return self._index.entries(batch)
+
+    def assignment(self, batch: FeatureBatch) -> Assignment | None:
+        """That of the index chosen."""
+        return self._index.assignment(batch)
 
     def build(self, entries: pa.Table, totals: State | None = None) -> SearchIndex:
         """A partition of the index chosen."""

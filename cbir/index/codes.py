@@ -1,7 +1,7 @@
 """The trained parts of an inverted file: a rotation, a coarse quantiser, and how the vectors of a list are coded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import faiss
@@ -13,9 +13,12 @@ from cbir.index.coarse import Coarse, coarse_of, restore_coarse
 from cbir.index.dense import Metric, array_view
 from cbir.types import Floats, Int64s, State
 
-__all__ = ["Codes", "ListCode", "Quantisers", "inverted_file", "list_contents"]
+__all__ = ["Codes", "ListCode", "Quantisers", "StoredCodes", "inverted_file", "list_contents"]
 
 Codes = npt.NDArray[np.uint8]
+
+StoredCodes = tuple[Int64s, Int64s, Codes]
+"""Ids (n,), lists (n,) and codes (n, B) of some vectors, in the order of their lists."""
 
 
 class ListCode(ABC):
@@ -88,15 +91,16 @@ class Quantisers:
         lists = self.coarse.nearest(rows)
         return lists, self.code.encode(rows, lists, self.coarse)
 
-    def index_of(self, image_ids: Int64s, lists: Int64s, codes: Codes, probes: int) -> Any:
-        """A faiss index of these codes (n, B), which are in the order of their lists (n,)."""
+    def index_of(self, parts: Iterable[StoredCodes], probes: int) -> Any:
+        """A faiss index of these codes."""
         ivf = self.code.empty_index(self.coarse)
         ivf.is_trained, ivf.nprobe = True, min(probes, self.coarse.num_lists)
-        numbers, starts, sizes = np.unique(lists, return_index=True, return_counts=True)
-        for number, start, size in zip(numbers.tolist(), starts.tolist(), sizes.tolist(), strict=True):
-            some = slice(start, start + size)
-            ivf.invlists.add_entries(number, size, faiss.swig_ptr(image_ids[some]), faiss.swig_ptr(codes[some]))
-        ivf.ntotal = len(image_ids)
+        for image_ids, lists, codes in parts:
+            numbers, starts, sizes = np.unique(lists, return_index=True, return_counts=True)
+            for number, start, size in zip(numbers.tolist(), starts.tolist(), sizes.tolist(), strict=True):
+                some = slice(start, start + size)
+                ivf.invlists.add_entries(number, size, faiss.swig_ptr(image_ids[some]), faiss.swig_ptr(codes[some]))
+            ivf.ntotal += len(image_ids)
         searchable = self.code.searchable(ivf)
         return searchable if self.rotation is None else self._with_rotation(searchable)
 

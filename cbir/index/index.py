@@ -8,15 +8,27 @@ What depends on the whole collection (idf, mean lengths) is computed once, at th
 all shards: `build(entries, statistics(a) + statistics(b))`; so neither shards nor partitions show in a score.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 
 from cbir.spec import Method
-from cbir.types import FeatureBatch, Hits, Int64s, State
+from cbir.types import FeatureBatch, Float64s, Hits, Int64s, State
 
-__all__ = ["Index", "IndexSpec", "SearchIndex"]
+__all__ = ["Assignment", "Index", "IndexSpec", "SearchIndex"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where K rows fall among `num_lists` lists or words: `lists` (K,), and their squared distances to these, `errors`
+    (K,)."""
+
+    lists: Int64s
+    errors: Float64s
+    num_lists: int
 
 
 class SearchIndex(Protocol):
@@ -32,6 +44,11 @@ class SearchIndex(Protocol):
         ValueError unless `IndexSpec.damps_matches`.
         """
         raise ValueError(f"{type(self).__name__} counts no matches of {len(queries)} queries")
+
+    def joined(self, others: Sequence["SearchIndex"]) -> "SearchIndex | None":  # noqa: ARG002 - most cannot
+        """One index that answers as this partition and others of its version do together, where there is one that is
+        faster than asking one after the other. What it was made of must stay open."""
+        return None
 
     def save(self, path: Path) -> None:
         """Write the partition as one file; equal entries give equal bytes."""
@@ -70,6 +87,10 @@ class Index(Protocol):
     def query_signatures(self, batch: FeatureBatch) -> FeatureBatch:
         """The same of queries, whose features have several words each."""
         return self.signatures(batch)
+
+    def assignment(self, batch: FeatureBatch) -> Assignment | None:  # noqa: ARG002 - many have no lists
+        """How encoded features fall among the trained lists or words; None for an index without."""
+        return None
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The form in which partitions are asked: done once per query, however many partitions there are."""

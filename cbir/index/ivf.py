@@ -1,9 +1,11 @@
 """What the inverted files of faiss share: lists, probes, training, entries, partitions. A family says how vectors are
 coded."""
 
+import copy
+import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, PositiveInt, model_validator
 
+from cbir.encoding.kmeans import Sums, sampled_rows
 from cbir.encoding.product import ReproducibleProduct
 from cbir.errors import ArtifactError, DataError
 from cbir.index.coarse import Coarse, CoarseKind, FlatCoarse, HnswCoarse, MultiIndex
-from cbir.index.codes import Codes, ListCode, Quantisers, inverted_file, list_contents
+from cbir.index.codes import Codes, ListCode, Quantisers, StoredCodes, inverted_file, list_contents
 from cbir.index.dense import (
-    FAISS_METRIC,
     DensePartition,
     Metric,
     code_column,
@@ -26,13 +28,22 @@ from cbir.index.dense import (
     open_mapped,
     stored_order,
 )
-from cbir.index.index import Index, IndexSpec
+from cbir.index.index import Assignment, Index, IndexSpec, SearchIndex
+from cbir.index.lists import BegunLists
 from cbir.index.quantisers import codebooks_of
 from cbir.types import FeatureBatch, Floats, Int64s, State
 
 __all__ = ["InvertedFile", "InvertedFileIndex", "InvertedFilePartition", "choose_lists", "set_clustering"]
 
 _POINTS_PER_LIST = 39
+
+_BLOCK_BYTES = 128 << 20
+
+_ROUNDS = 2
+"""Rounds over the whole sample after those over parts of it; they find as much as ten from drawn vectors."""
+
+_SMALL = 1024
+"""Fewer lists are trained at once, without rounds over all workers."""
 
 
 class InvertedFilePartition(DensePartition):
@@ -43,6 +54,7 @@ class InvertedFilePartition(DensePartition):
         self.ivf = inverted_file(index)
         self.quantisers = Quantisers.of_index(index, code_of)
         self._code_of, self.probes = code_of, min(probes, self.ivf.nlist)
+        self._effort = faiss.SearchParametersIVF(nprobe=self.probes)  # type: ignore[call-arg]
 
     def entries(self) -> pa.Table:
         """The codes and their lists and images."""
@@ -54,11 +66,14 @@ class InvertedFilePartition(DensePartition):
 
     def with_entries(self, entries: pa.Table) -> Self:
         """A partition of these codes."""
-        ids, lists = (entries.column(name).to_numpy() for name in ("image_id", "list"))
-        codes = codes_of(entries, np.uint8, self.quantisers.code.num_bytes)
-        order = stored_order(lists, ids, codes)
-        index = self.quantisers.index_of(ids[order], lists[order], codes[order], self.probes)
+        index = self.quantisers.index_of(_as_stored(entries, self.quantisers.code.num_bytes), self.probes)
         return type(self)(index, self._code_of, self.probes)
+
+    def joined(self, others: Sequence[SearchIndex]) -> SearchIndex | None:
+        """One inverted file whose lists are those of all partitions end to end, so that the lists of a query are found
+        once; None for families that read their lists in other ways than by faiss's scan."""
+        parts = [part for part in (self, *others) if type(part) is InvertedFilePartition]
+        return JoinedPartition(parts) if len(parts) == 1 + len(others) else None
 
     def _shortlist(self, rows: Floats, num: int) -> tuple[Int64s, Floats, Floats]:
         ids, scores = self._scan(self.quantisers.rotate(rows), num)
@@ -69,10 +84,27 @@ class InvertedFilePartition(DensePartition):
         are stored, list * 2^32 + position, in place of ids."""
         lists, to_lists = self.quantisers.coarse.nearest_lists(rows, self.probes)
         distances, ids = np.empty((len(rows), num), np.float32), np.empty((len(rows), num), np.int64)
-        parameters = faiss.SearchParametersIVF(nprobe=self.probes)  # type: ignore[call-arg]
         x, probed, offsets, out, labels = [faiss.swig_ptr(array) for array in (rows, lists, to_lists, distances, ids)]
-        self.ivf.search_preassigned_c(len(rows), x, num, probed, offsets, out, labels, places, parameters)
+        self.ivf.search_preassigned_c(len(rows), x, num, probed, offsets, out, labels, places, self._effort)
         return ids, distances if self.quantisers.coarse.metric == "ip" else 0 - distances
+
+
+class JoinedPartition(InvertedFilePartition):
+    """Several partitions of one version, for search alone: list by list what all of them hold, read where it lies."""
+
+    def __init__(self, parts: Sequence[InvertedFilePartition]) -> None:
+        first = parts[0]
+        coarse = copy.copy(first.quantisers.coarse)
+        coarse.faiss_index = lambda: first.ivf.quantizer  # type: ignore[method-assign] # lent: one copy is enough
+        quantisers = Quantisers(first.quantisers.rotation, coarse, first.quantisers.code)
+        index = quantisers.index_of([], first.probes)
+        pointers: Any = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+        for part in parts:
+            pointers.push_back(part.ivf.invlists)
+        self._lenders = parts, faiss.HStackInvertedLists(pointers.size(), pointers.data())
+        inverted_file(index).replace_invlists(self._lenders[1], False)
+        index.ntotal = inverted_file(index).ntotal = sum(part.faiss.ntotal for part in parts)
+        super().__init__(index, first._code_of, first.probes)
 
 
 class InvertedFileIndex(Index):
@@ -80,8 +112,7 @@ class InvertedFileIndex(Index):
 
     def __init__(self, spec: "InvertedFile", quantisers: Quantisers) -> None:
         self.quantisers = quantisers
-        nothing, no_codes = np.empty(0, np.int64), np.empty((0, quantisers.code.num_bytes), np.uint8)
-        index = quantisers.index_of(nothing, nothing, no_codes, spec.probes)
+        index = quantisers.index_of([], spec.probes)
         self.empty = spec.partition(index, spec.code_of, spec.probes)
 
     def entries(self, batch: FeatureBatch) -> pa.Table:
@@ -89,6 +120,13 @@ class InvertedFileIndex(Index):
         rows = self.quantisers.rotate(float_rows(batch, self.quantisers.dim))
         lists, codes = self.quantisers.encode(rows)
         return _entries(np.repeat(batch.image_ids, batch.counts), lists, codes, self.quantisers.code)
+
+    def assignment(self, batch: FeatureBatch) -> Assignment:
+        """The nearest list of every row, and how far its centroid is."""
+        rows = self.quantisers.rotate(float_rows(batch, self.quantisers.dim))
+        lists = self.quantisers.coarse.nearest(rows)
+        errors = np.square(rows - self.quantisers.coarse.centroids_of(lists), dtype=np.float64).sum(1)
+        return Assignment(lists, errors, self.quantisers.coarse.num_lists)
 
     def build(self, entries: pa.Table, totals: State | None = None) -> DensePartition:  # noqa: ARG002 - needs none
         """The codes in the order of their lists and images."""
@@ -108,6 +146,8 @@ class InvertedFile(IndexSpec):
 
     suffix: ClassVar[str] = "faiss"
     effort: ClassVar[str | None] = "probes"
+    has_codebook: ClassVar[bool] = True
+    fits_sample: ClassVar[bool] = True
 
     lists: PositiveInt | None = Field(default=None, description="inverted lists; without it, chosen from the sample")
     coarse: CoarseKind = Field(
@@ -191,41 +231,91 @@ class InvertedFile(IndexSpec):
                 "set fewer lists, take a larger sample, or use the index flat"
             )
 
+    def codebook_identity(self) -> dict[str, Any]:
+        """The lists, and the rotation before them."""
+        lists = self.model_dump(mode="json", include={"lists", "metric", "iterations"})
+        return {**lists, "pairs": self.coarse == "imi", "rotation": self.rotation_identity()}
+
+    def rotation_identity(self) -> dict[str, Any]:
+        """What identifies the matrix of `train_rotation`, if there is one."""
+        return {}
+
+    @property
+    def codebook_rounds(self) -> int:
+        """Over the whole sample, where there may be many lists; few, and pairs of words, are trained at once."""
+        return 0 if self.coarse == "imi" or (self.lists and self.lists < _SMALL) else min(self.iterations, _ROUNDS)
+
     def train(self, sample: FeatureBatch, seed: int) -> Index:
         """The quantisers of the sample's rows; DataError if these are too few or do not fit."""
-        return self.trained_file(sample, seed)
+        codebook = self.train_codebook(sample, seed)
+        for number in range(1, self.codebook_rounds + 1):
+            sums = self.codebook_sums(codebook, sample)
+            codebook = self.next_codebook(codebook, sums, last=number == self.codebook_rounds)
+        return self.finish(codebook, sample, seed)
 
-    def trained_file(self, sample: FeatureBatch, seed: int) -> InvertedFileIndex:
-        """The inverted file with quantisers of the sample's rows, without content."""
+    def train_codebook(self, sample: FeatureBatch, seed: int) -> State:
+        """`centroids` (lists, D') and `exponent`, or `words` of pairs; `rotation` (D', D) where there is one."""
         rows = float_rows(sample)
-        self.check_dim(rows.shape[1])
-        lists = self._num_lists(len(rows))
-        self.check_size(len(rows), lists)
+        lists = self._fitting_lists(rows)
         rotation = self.train_rotation(rows, seed)
-        rotated = rows if rotation is None else ReproducibleProduct(rotation)(rows).astype(np.float32)
-        return InvertedFileIndex(self, Quantisers(rotation, *self._train_quantisers(rotated, lists, seed)))
-
-    def _num_lists(self, num_vectors: int) -> int:
-        lists = self.lists or choose_lists(num_vectors)
-        return 4 ** _word_bits(lists) if self.coarse == "imi" else lists
-
-    def _train_quantisers(self, rows: Floats, lists: int, seed: int) -> tuple[Coarse, ListCode]:
-        dim = rows.shape[1]
-        quantiser: Any = faiss.IndexFlat(dim, FAISS_METRIC[self.metric])
+        rotated = rows if rotation is None else _rotated(rows, rotation)
+        state: State = {} if rotation is None else {"rotation": rotation}
         if self.coarse == "imi":
-            quantiser = faiss.MultiIndexQuantizer(dim, 2, _word_bits(lists))
-            set_clustering(quantiser.pq.cp, self.iterations, seed)
-        index = self.untrained(quantiser, lists, seed)
-        set_clustering(index.cp, self.iterations, seed)
-        index.quantizer_trains_alone = "\x01" if self.coarse == "imi" else "\0"
-        index.train(rows)
-        return self._coarse_of(quantiser), self.code_of(index)
+            return {**state, **self._trained_pairs(rotated, lists, seed).state()}
+        begun = BegunLists.of(rotated, lists, seed, spherical=self.metric == "ip")
+        if lists < _SMALL:
+            some = sampled_rows(rotated, lists, seed)
+            for _ in range(self.iterations):
+                begun = begun.after(begun.sums(some))
+        return {**state, **_begun_state(begun)}
 
-    def _coarse_of(self, quantiser: Any) -> Coarse:
+    def _fitting_lists(self, rows: Floats) -> int:
+        """How many lists; DataError if rows (n, D) are too few or cannot be coded."""
+        self.check_dim(rows.shape[1])
+        lists = self.lists or choose_lists(len(rows))
+        lists = 4 ** _word_bits(lists) if self.coarse == "imi" else lists
+        self.check_size(len(rows), lists)
+        return lists
+
+    def _trained_pairs(self, rows: Floats, lists: int, seed: int) -> MultiIndex:
+        quantiser: Any = faiss.MultiIndexQuantizer(rows.shape[1], 2, _word_bits(lists))
+        set_clustering(quantiser.pq.cp, self.iterations, seed)
+        quantiser.train(rows)
+        return MultiIndex(codebooks_of(quantiser.pq))
+
+    def codebook_sums(self, codebook: State, batch: FeatureBatch) -> State:
+        """Of `kmeans.Sums`, the arrays."""
+        rotation = codebook.get("rotation")
+        rows = float_rows(batch, codebook["centroids"].shape[1] if rotation is None else rotation.shape[1])
+        sums = self._begun(codebook).sums(rows if rotation is None else _rotated(rows, rotation))
+        return {"sums": sums.sums, "counts": sums.counts, "errors": sums.errors}
+
+    def next_codebook(self, codebook: State, sums: State, *, last: bool) -> State:  # noqa: ARG002 - `finish` does it
+        """With the means of all rows."""
+        begun = self._begun(codebook)
+        added = Sums(sums["sums"], sums["counts"], sums["errors"], begun.exponent)
+        return {**codebook, **_begun_state(begun.after(added))}
+
+    def _begun(self, codebook: State) -> BegunLists:
+        return BegunLists(codebook["centroids"], int(codebook["exponent"][0]), spherical=self.metric == "ip")
+
+    def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> Index:
+        """The code of what the lists leave of the sample's rows."""
+        return self.finished_file(codebook, sample, seed)
+
+    def finished_file(self, codebook: State, sample: FeatureBatch, seed: int) -> InvertedFileIndex:
+        """The inverted file with this codebook, without content."""
+        rows, rotation = float_rows(sample), codebook.get("rotation")
+        self._fitting_lists(rows)
+        coarse = self._coarse_of(codebook)
+        index = self.untrained(coarse.faiss_index(), coarse.num_lists, seed)
+        index.train(rows if rotation is None else _rotated(rows, rotation))  # leaves a trained coarse quantiser alone
+        return InvertedFileIndex(self, Quantisers(rotation, coarse, self.code_of(index)))
+
+    def _coarse_of(self, codebook: State) -> Coarse:
         if self.coarse == "imi":
-            return MultiIndex(codebooks_of(quantiser.pq))
-        centroids = quantiser.reconstruct_n(0, quantiser.ntotal)
-        return (HnswCoarse.build if self.coarse == "hnsw" else FlatCoarse)(centroids, self.metric)
+            return MultiIndex(codebook["words"])
+        return (HnswCoarse.build if self.coarse == "hnsw" else FlatCoarse)(codebook["centroids"], self.metric)
 
     def restore(self, state: State) -> Index:
         """From the arrays of the quantisers."""
@@ -251,6 +341,14 @@ class InvertedFile(IndexSpec):
         return self.code_bytes(dim) + 8
 
 
+def _rotated(rows: Floats, rotation: Floats) -> Floats:
+    return ReproducibleProduct(rotation)(rows).astype(np.float32)
+
+
+def _begun_state(begun: BegunLists) -> State:
+    return {"centroids": begun.centroids, "exponent": np.array([begun.exponent], np.int64)}
+
+
 def choose_lists(num_vectors: int) -> int:
     """The power of two nearest to 4 sqrt(n), at most n / 39, at least 1."""
     most = max(1, num_vectors // _POINTS_PER_LIST)
@@ -266,6 +364,20 @@ def set_clustering(parameters: faiss.ClusteringParameters, iterations: int, seed
     """Have faiss's k-means take these iterations and this seed."""
     parameters.seed, parameters.niter = seed % 2**31, iterations
     parameters.min_points_per_centroid = 1  # `train` has already refused what cannot work; faiss would only warn
+
+
+def _as_stored(entries: pa.Table, num_bytes: int) -> Iterator[StoredCodes]:
+    """Entries in the order in which they are stored, so many lists at a time that copies of them take little memory."""
+    all_lists = entries.column("list").to_numpy()
+    ends = np.cumsum(np.bincount(all_lists) * (num_bytes + 12))
+    groups = np.unique(ends // _BLOCK_BYTES, return_index=True)[1].tolist() or [0]
+    for first, end in itertools.pairwise([*groups, len(ends)]):
+        is_whole = len(groups) == 1
+        some = entries if is_whole else entries.filter(pa.array((first <= all_lists) & (all_lists < end)))
+        ids, lists = (some.column(name).to_numpy() for name in ("image_id", "list"))
+        codes = codes_of(some, np.uint8, num_bytes)
+        order = stored_order(lists, ids, codes)
+        yield ids[order], lists[order], codes[order]
 
 
 def _entries(image_ids: Int64s, lists: Int64s, codes: Codes, code: ListCode) -> pa.Table:

@@ -86,6 +86,10 @@ class IvfPq(RefinableFile):
         self.check_words(found, self.bits)
         super().check_size(found, lists)
 
+    def rotation_identity(self) -> dict[str, Any]:
+        """The settings of OPQ."""
+        return self.model_dump(mode="json", include={"opq_dim", "bytes", "bits"}) if self.opq else {}
+
     def train_rotation(self, rows: Floats, seed: int) -> Floats | None:
         """OPQ's rotation (D', D)."""
         if not self.opq:
@@ -207,5 +211,5 @@ class FastScanPartition(InvertedFilePartition):
         quantisers = Quantisers(None, self.quantisers.coarse, ProductCode(codebooks))
         ids, lists = (entries.column(name).to_numpy() for name in ("image_id", "list"))
         codes = codes_of(entries, np.uint8, quantisers.code.num_bytes)
-        index = quantisers.index_of(ids, lists, codes, self.probes)
+        index = quantisers.index_of([(ids, lists, codes)], self.probes)
         return InvertedFilePartition(index, lambda ivf: ProductCode(codebooks_of(ivf.pq)), self.probes)

@@ -46,6 +46,10 @@ class IvfRabitq(RefinableFile):
         """IndexIVFRaBitQ."""
         return faiss.IndexIVFRaBitQ
 
+    def rotation_identity(self) -> dict[str, Any]:
+        """It depends on the seed alone."""
+        return {"random": True}
+
     def train_rotation(self, rows: Floats, seed: int) -> Floats:
         """A random rotation (D, D)."""
         dim = rows.shape[1]

@@ -26,7 +26,7 @@ from cbir.index.dense import (
     open_mapped,
     stored_order,
 )
-from cbir.index.index import Index
+from cbir.index.index import Assignment, Index
 from cbir.index.ivf import InvertedFile, InvertedFileIndex, InvertedFilePartition
 from cbir.index.scalar import FAISS_TYPES, NumberFormat, ScalarCode, bytes_of
 from cbir.types import FeatureBatch, Floats, Hits, Int64s, State
@@ -126,6 +126,10 @@ class RefinedIndex(Index):
         """The codes in the order of their lists and images, the finer ones in that of images."""
         return self._empty.with_entries(entries)
 
+    def assignment(self, batch: FeatureBatch) -> Assignment:
+        """That of the inverted file."""
+        return self._index.assignment(batch)
+
     def state(self) -> State:
         """The arrays of the quantisers, and for sq8 refine_ranges (2, D)."""
         return {**self._index.state(), **self._fine.state(_KEY)}
@@ -143,9 +147,9 @@ class RefinableFile(InvertedFile):
         default=10, description="with `refine`: how many times the images asked for are scored again"
     )
 
-    def train(self, sample: FeatureBatch, seed: int) -> Index:
-        """The quantisers, and the finer code, of the sample's rows; DataError if these are too few or do not fit."""
-        index = self.trained_file(sample, seed)
+    def finish(self, codebook: State, sample: FeatureBatch, seed: int) -> Index:
+        """The code of what the lists leave of the sample's rows, and the finer code."""
+        index = self.finished_file(codebook, sample, seed)
         if not self.refine:
             return index
         return RefinedIndex(index, ScalarCode.train(self.refine, float_rows(sample)), self.refine_factor)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cbir.encoding.assigners import CellAssigner, ExactAssigner, HnswAssigner
+from cbir.encoding.assigners import CellAssigner, DirectionAssigner, ExactAssigner, HnswAssigner
 from cbir.encoding.rootsift import RootSift
 from cbir.errors import DataError
 
@@ -21,7 +21,7 @@ def random_words(num=400, dim=10, seed=0):
     return rng.normal(size=(num, dim)).astype(np.float32), rng.normal(size=(300, dim)).astype(np.float32)
 
 
-@pytest.mark.parametrize("build", [CellAssigner.of, HnswAssigner.of])
+@pytest.mark.parametrize("build", [CellAssigner.of, DirectionAssigner, HnswAssigner.of])
 def test_approximate_assigners_find_nearly_every_nearest_word_of_real_features(sift, build):
     words, rows = sift
     exact, approximate = ExactAssigner(words).nearest(rows, 1), build(words).nearest(rows, 1)
@@ -37,10 +37,10 @@ def test_with_all_cells_the_inverted_file_is_exact():
         assert ours.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("assigner", ASSIGNERS)
-def test_a_row_alone_and_in_any_batch_has_the_same_bytes(assigner):
+@pytest.mark.parametrize("build", [*(assigner.of for assigner in ASSIGNERS), DirectionAssigner])
+def test_a_row_alone_and_in_any_batch_has_the_same_bytes(build):
     words, rows = random_words()
-    built = assigner.of(words)
+    built = build(words)
     whole = built.nearest(rows, 3)
     for parts in (1, 7, 300):
         found = [built.nearest(part, 3) for part in np.array_split(rows, parts)]
@@ -88,3 +88,18 @@ def test_no_rows_and_wrong_rows(assigner):
         built.nearest(np.empty((0, 11), np.float32), 1)
     with pytest.raises(DataError, match="NaN"):
         built.nearest(np.full((1, 10), np.nan), 1)
+
+
+def test_cells_of_directions_find_words_that_lie_in_no_hierarchy_and_beside_hubs():
+    rng = np.random.default_rng(0)
+    words = rng.normal(size=(3000, 64)).astype(np.float32)
+    words[::50] *= 0.1  # near the mean, and so among the nearer words of all rows
+    rows = words[1::2] + 0.4 * rng.normal(size=(1500, 64)).astype(np.float32)
+    exact = ExactAssigner(words).nearest(rows, 1)[0]
+    assert np.mean(DirectionAssigner(words).nearest(rows, 1)[0] == exact) >= 0.9
+
+
+def test_cells_of_directions_find_a_word_where_all_are_alike():
+    words, squared = DirectionAssigner(np.ones((1100, 4), np.float32)).nearest(np.ones((3, 4)), 1)
+    assert words.tolist() == [[0]] * 3
+    assert squared.tolist() == [[0.0]] * 3

@@ -3,15 +3,17 @@ import itertools
 import numpy as np
 import pytest
 
-from cbir.encoding.assigners import CellAssigner, ExactAssigner
+from cbir.encoding.assigners import CellAssigner, DirectionAssigner, ExactAssigner
 from cbir.encoding.kmeans import (
     Sums,
     assignment_sums,
     common_exponent,
     kmeans_in_groups,
     lloyd,
+    nested_parts,
     sampled_rows,
     two_level_words,
+    unit_rows,
     update,
 )
 from cbir.errors import DataError
@@ -52,7 +54,7 @@ def test_a_round_gives_the_means_of_the_rows():
     assert sums.counts.tolist() == np.bincount(wide.argmin(axis=1), minlength=9).tolist()
 
 
-@pytest.mark.parametrize("build", [ExactAssigner.of, CellAssigner.of])
+@pytest.mark.parametrize("build", [ExactAssigner.of, CellAssigner.of, DirectionAssigner])
 @pytest.mark.parametrize("num_shards", [1, 7, 40])
 def test_the_sums_of_shards_in_any_order_are_those_of_all_rows_to_the_byte(build, num_shards):
     rows, rng = clusters(), np.random.default_rng(num_shards)
@@ -117,10 +119,48 @@ def test_a_group_has_from_one_to_as_many_words_as_rows(words_of):
         kmeans_in_groups(np.ones((6, 2)), np.array([0, 0, 0, 0, 1, 1], np.int32), np.array(words_of), 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("num", "words", "sizes"),
+    [
+        (2400, 100, [100, 600, 1200]),
+        (799, 100, [100, 799, 799]),
+        (800, 100, [100, 400]),
+        (9000, 30, [30, 120, 240, 480, 960, 1920]),
+        (1, 1, [1, 1, 1]),
+    ],
+)
+def test_the_parts_to_begin_with_grow_up_to_half_of_all(num, words, sizes):
+    parts = [part[:, 0].tolist() for part in nested_parts(np.arange(num)[:, None], words, 3)]
+    assert [len(part) for part in parts] == sizes
+    for part, following in itertools.pairwise(parts):
+        assert sorted(part) == part
+        assert set(part) <= set(following)
+
+
 def test_the_seed_decides():
     rows = clusters()
-    one, same, other = (two_level_words(rows, 90, seed).tobytes() for seed in (1, 1, 2))
+    one, same, other = (np.concatenate(list(nested_parts(rows, 90, seed))).tobytes() for seed in (1, 1, 2))
     assert one == same != other
+
+
+def test_a_start_on_growing_parts_is_better_than_drawn_words_and_nearly_as_good_as_ten_rounds():
+    rows = clusters(num=100, noise=1.0)
+    parts = nested_parts(rows, 200, 0)
+    start = next(parts)
+    for part in parts:
+        start = lloyd(part, start, 1, ExactAssigner)
+    found = inertia(rows, lloyd(rows, start, 2, ExactAssigner))
+    assert found < inertia(rows, one_group(rows, 200, 2))
+    assert found < 1.05 * inertia(rows, one_group(rows, 200, 10))
+
+
+def test_unit_rows_have_length_one_each_by_itself():
+    rows = clusters()[:50] * np.logspace(-20, 15, 50)[:, None].astype(np.float32)
+    rows[7] = 0
+    unit = unit_rows(rows)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), np.arange(50) != 7, atol=1e-6)
+    assert unit.dtype == np.float32
+    assert np.concatenate([unit_rows(row[None]) for row in rows]).tobytes() == unit.tobytes()
 
 
 @pytest.mark.parametrize("words", [1, 2, 37, 300, 1200])

@@ -72,15 +72,19 @@ def test_the_recall_is_that_of_other_queries(metric, sample):
     assert recall == pytest.approx(chosen.recall, abs=0.05)
 
 
-def test_probes_are_the_fewest_that_suffice(sample):
-    index = trained(sample, recall=0.97)
-    spec, queries = index.spec, one_each(300, 9)
+def test_probes_are_the_fewest_that_suffice():
+    """Among vectors without clusters, which one probe would find."""
+    rng = np.random.default_rng(4)
+    rows = [rng.normal(size=(num, DIM)).astype(np.float32) for num in (1000, 300)]
+    sample, queries = (one_each(len(some), 1).with_descriptors(some) for some in rows)
+    index = trained(sample, recall=0.6)
+    spec = index.spec
     assert isinstance(spec, InvertedFile)
     assert 1 < spec.probes < (spec.lists or 0)
     exact = exact_search(queries, sample, "ip", 10).image_ids
     half = spec.model_copy(update={"probes": spec.probes // 2}).restore(index.state())
     fewer = ann_recall(half.build(half.entries(sample)).search(queries, 10).image_ids, exact, 10)
-    assert fewer < 0.97
+    assert fewer < 0.6
 
 
 def test_the_cost_is_the_bytes_of_codes_that_a_query_reads(sample):
@@ -142,7 +146,7 @@ def test_the_least_sample_that_is_measured():
 def test_images_of_a_sample_may_have_many_rows_or_none():
     index = trained(descriptors([0, 3, 1, 0, 5, 2] * 100, 5), bytes=16)
     assert index.choice.queries == 400 // 5
-    assert all(trial.recall > 0.5 for trial in index.choice.trials)
+    assert all(trial.recall > 0.4 for trial in index.choice.trials)
 
 
 def test_the_choice_of_a_large_sample_is_trained_on_all_of_it(sample, monkeypatch):

@@ -18,7 +18,7 @@ from cbir.encoding.kmeans import Sums
 from cbir.encoding.vocabulary import AssignerName, Begun, Vocabulary, in_rounds
 from cbir.errors import ArtifactError
 from cbir.index.dense import code_column, codes_of, float_rows, stored_order
-from cbir.index.index import Index, IndexSpec
+from cbir.index.index import Assignment, Index, IndexSpec
 from cbir.index.inverted.consistency import NUM_COLUMNS, coded_geometry
 from cbir.index.inverted.embedding import Embedded, binarised
 from cbir.index.inverted.kernels import ConsistentKernel, MatchKernel
@@ -228,6 +228,12 @@ class InvertedIndex(Index):
         if self._last is None or self._last[0] is not rows or self._last[1] != num:
             self._last = rows, num, self.vocabulary.nearest_with_distances(rows, num)
         return self._last[2]
+
+    def assignment(self, batch: FeatureBatch) -> Assignment:
+        """The nearest word of every row, and how far it is."""
+        rows = float_rows(batch, self.vocabulary.centroids.shape[1])
+        words, squared = self._nearest(rows, 1)
+        return Assignment(words[:, 0].astype(np.int64), squared[:, 0], len(self.vocabulary.centroids))
 
     def queries(self, batch: FeatureBatch) -> FeatureBatch:
         """The postings of the queries: codes as descriptors, their words, and if the kernel looks at it their features'
