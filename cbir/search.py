@@ -8,17 +8,17 @@ for result in searcher.search("picture.jpg", depth=10):
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from cbir.collection import Place, read_place
 from cbir.config import Config, parse_config
 from cbir.errors import DataError
-from cbir.layout import Layout
-from cbir.partition import LocalFiles, Partition, PartitionLike
+from cbir.layout import Labels, Layout
+from cbir.partition import Found, LocalFiles, Partition, Partitions
 from cbir.queries import Box, QueryEncoder
 from cbir.spec import nearest
 from cbir.storage import Store, open_store
@@ -30,15 +30,14 @@ __all__ = ["Answer", "Patience", "Picture", "Question", "Result", "Searcher", "o
 Picture = bytes | str | Path
 """The bytes of an image file, or its path."""
 
-Question = Literal["search", "matches", "features", "signatures", "records", "keys"]
-"""What a partition can be asked: the methods of `PartitionLike`."""
+Question = Literal["search", "matches", "features", "signatures", "labels", "records", "keys"]
+"""What can be asked: the search of `Partitions`, and the other methods of a `Partition`."""
 
-_WAIT_UNTIL: Mapping[Question, float] = {"features": 0.9, "signatures": 0.9, "records": 1.0}
+_WAIT_UNTIL: Mapping[Question, float] = {"features": 0.9, "signatures": 0.9, "labels": 1.0, "records": 1.0}
 """Shares of a deadline until which answers are waited for; 0.8 for other questions."""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One result: the image's key, its final score, and its score in every channel that found it."""
 
     key: str
@@ -46,13 +45,13 @@ class Result:
     image_id: int
     height: int
     width: int
-    channels: Mapping[str, float] = field(default_factory=dict)
+    channels: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything about one batch of queries: final hits, hits by channel, raw query features, rows of the id map, the
-    version that all of them come from, the hits before they were re-ranked, and the seconds that re-ranking took.
+    """Everything about one batch of queries: final hits, hits by channel, raw query features, labels of the final hits,
+    the version that all of them come from, the hits before they were re-ranked, and the seconds that re-ranking took.
 
     An answer is partial if it is without some partitions that did not answer before the deadline; `missing` has their
     numbers. It was not re-ranked to the end if what re-ranking reads was among what is missing.
@@ -61,7 +60,7 @@ class Answer:
     hits: Hits
     by_channel: Mapping[str, Hits]
     query_features: Mapping[str, FeatureBatch]
-    records: Mapping[int, Mapping[str, Any]]
+    labels: Labels
     version: int
     candidates: Hits
     rerank_seconds: float
@@ -77,15 +76,9 @@ class Answer:
         return [self._result(i, score, scores) for i, score in zip(ids, final, strict=True) if i >= 0]
 
     def _result(self, image: int, score: float, scores: Mapping[str, Mapping[int, float]]) -> Result:
-        record = self.records[image]
-        return Result(
-            key=record["key"],
-            score=score,
-            image_id=image,
-            height=record["height"],
-            width=record["width"],
-            channels={name: found[image] for name, found in scores.items() if image in found},
-        )
+        key, (height, width) = self.labels.by_id[image]
+        found = {name: by_image[image] for name, by_image in scores.items() if image in by_image}
+        return Result(key, score, image, height, width, found)
 
 
 class Patience:
@@ -118,9 +111,10 @@ class _GoneWithout(Exception):
 class Searcher:
     """Answers queries from one version: encode, search every partition, merge, fuse, re-rank."""
 
-    def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[PartitionLike]):
+    def __init__(self, manifest: Manifest, config: Config, encoder: QueryEncoder, parts: Sequence[Partition]):
         self.manifest, self.config = manifest, config
         self.encoder, self.partitions = encoder, list(parts)
+        self._together = Partitions(dict(enumerate(parts)))
         layout = Layout.from_json(manifest.layout)
         backgrounds = {name: value for name, part in layout.channels.items() if (value := part.background) is not None}
         self._fusion = config.search.fuse.build(backgrounds) if config.search.fuse else None
@@ -167,8 +161,8 @@ class Searcher:
         image. DataError for a channel of local features, for another D, and for values that are not finite.
         """
         patience, name = Patience(deadline_s), self._channel_of_vectors(channel)
-        by_channel = self.channel_hits({name: self.encoder.asked(name, _one_row_each(vectors))}, depth, patience)
-        return self._answer(by_channel[name], by_channel, {}, by_channel[name], 0.0, patience)
+        found = self._found({name: self.encoder.asked(name, _one_row_each(vectors))}, depth, patience, depth)
+        return self._answer(found.hits[name], found, {}, found.hits[name], 0.0, patience)
 
     def _channel_of_vectors(self, channel: str | None) -> str:
         """The channel that vectors are meant for."""
@@ -192,12 +186,15 @@ class Searcher:
         """The same for raw features of the queries by channel."""
         patience = patience or Patience()
         candidates = max(depth, self.config.search.depth)
-        by_channel = self.channel_hits(self.encoder.encode(raw), candidates, patience)
-        fused = self._fusion.fuse(by_channel, candidates) if self._fusion else next(iter(by_channel.values()))
+        is_final = len(raw) == 1 and not (self._fusion or self._rerankers)
+        found = self._found(self.encoder.encode(raw), candidates, patience, depth if is_final else 0)
+        fused = self._fusion.fuse(found.hits, candidates) if self._fusion else next(iter(found.hits.values()))
         begun = time.perf_counter()
         hits = self._reranked(fused, _Context(raw, self, patience))
         seconds = time.perf_counter() - begun
-        return self._answer(_first(hits, depth), by_channel, raw, _first(fused, depth), seconds, patience)
+        if not is_final:
+            found = Found(found.hits, self._labels(hits.image_ids[:, :depth], patience))
+        return self._answer(_first(hits, depth), found, raw, _first(fused, depth), seconds, patience)
 
     def _reranked(self, hits: Hits, context: "_Context") -> Hits:
         """The hits after every reranker whose features came in time."""
@@ -211,33 +208,43 @@ class Searcher:
     def _answer(
         self,
         hits: Hits,
-        by_channel: Mapping[str, Hits],
+        found: Found,
         raw: Mapping[str, FeatureBatch],
         candidates: Hits,
         rerank_seconds: float,
         patience: Patience,
     ) -> Answer:
-        """The answer with the rows of its images; without images whose rows did not come in time."""
-        records = self._records(hits.image_ids, patience)
-        if patience.missing:
-            known = np.isin(hits.image_ids, np.fromiter(records, np.int64, len(records)))
-            hits = Hits.ranked(np.where(known, hits.image_ids, -1), hits.scores, hits.image_ids.shape[1])
+        """The answer with the labels of its images; without images whose labels did not come in time."""
         missing = tuple(sorted(patience.missing))
-        return Answer(hits, by_channel, raw, records, self.manifest.version, candidates, rerank_seconds, missing)
+        if missing:
+            known = np.isin(hits.image_ids, found.labels.image_ids)
+            hits = Hits.ranked(np.where(known, hits.image_ids, -1), hits.scores, hits.image_ids.shape[1])
+        version = self.manifest.version
+        return Answer(hits, found.hits, raw, found.labels, version, candidates, rerank_seconds, missing)
 
     def channel_hits(
         self, encoded: Mapping[str, FeatureBatch], depth: int, patience: Patience | None = None
     ) -> dict[str, Hits]:
         """The best `depth` images of each channel over all partitions."""
-        patience = patience or Patience()
+        return dict(self._found(encoded, depth, patience or Patience()).hits)
+
+    def _found(self, encoded: Mapping[str, FeatureBatch], depth: int, patience: Patience, labelled: int = 0) -> Found:
+        """The same, with labels of the first `labelled` of each query."""
         encoded = self._damped(encoded, patience)
-        found = self._ask_all("search", (encoded, depth), patience)
-        if len(found) == 1:
-            return dict(found[0])
-        return {
-            name: Hits.merge([hits[name] for hits in found] or [_no_hits(len(batch))], depth)
-            for name, batch in encoded.items()
-        }
+        return Found.merge(self._search(encoded, depth, labelled, patience), encoded, depth)
+
+    def _search(
+        self, encoded: Mapping[str, FeatureBatch], depth: int, labelled: int, patience: Patience
+    ) -> list[Found]:
+        """What `Partitions` find that are asked together; here all in this process.
+
+        Those that do not answer in time are left out, and added to `patience.missing`.
+        """
+        wait_s = patience.seconds("search")
+        end = math.inf if wait_s is None else time.monotonic() + wait_s
+        found = self._together.search(encoded, depth, labelled, end)
+        patience.missing |= found.missing
+        return [found]
 
     def _damped(self, encoded: Mapping[str, FeatureBatch], patience: Patience) -> Mapping[str, FeatureBatch]:
         """Encoded queries, where an index damps what matches much, with the weights that follow from all partitions."""
@@ -266,11 +273,11 @@ class Searcher:
         order = np.argsort(np.concatenate(list(groups.values())), kind="stable")
         return FeatureBatch.concatenate(parts[number] for number in groups).take(order)
 
-    def _records(self, image_ids: Int64s, patience: Patience) -> dict[int, Mapping[str, Any]]:
+    def _labels(self, image_ids: Int64s, patience: Patience) -> Labels:
+        """What results show of these images (Q, R), of those whose partitions answer in time."""
         wanted = np.unique(image_ids[image_ids >= 0])
         arguments = {number: (wanted[where],) for number, where in self._by_partition(wanted).items()}
-        found = self._ask("records", arguments, patience)
-        return {row["image_id"]: row for rows in found.values() for row in rows}
+        return Labels.concatenate(list(self._ask("labels", arguments, patience).values()))
 
     def _ask_all(self, question: Question, arguments: tuple[Any, ...], patience: Patience) -> list[Any]:
         """What the partitions answer to one question, of those that answer in time."""
@@ -301,7 +308,9 @@ class Searcher:
 
     def picture(self, image: int) -> bytes:
         """The file of an indexed image, read again from the collection."""
-        record = self._records(np.array([image], np.int64), Patience())[image]
+        wanted = np.array([image], np.int64)
+        (owner,) = self._by_partition(wanted)
+        ((record,),) = self._ask("records", {owner: (wanted,)}, Patience()).values()
         return read_place(self.config.images[record["source"]], _place(record), self.config.input)
 
 
@@ -330,18 +339,14 @@ def _first(hits: Hits, depth: int) -> Hits:
     return Hits(hits.image_ids[:, :depth], hits.scores[:, :depth])
 
 
-def _no_hits(num_queries: int) -> Hits:
-    return Hits(np.empty((num_queries, 0), np.int64), np.empty((num_queries, 0), np.float32))
-
-
 def _one_row_each(vectors: Floats) -> FeatureBatch:
     """Query vectors (Q, D) as queries of one row each; DataError if they are none."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise DataError(f"query vectors must be numbers of shape (Q, D), found {vectors.dtype} {vectors.shape}")
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(vectors, np.float32)
-    broken = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(broken):
+    if not np.isfinite(rows).all():
+        broken = np.flatnonzero(~np.isfinite(rows).all(1))
         raise DataError(f"query vector {broken[0]} has NaN or infinite values")
     return FeatureBatch.of_global(np.arange(len(rows)), rows)
 

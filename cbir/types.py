@@ -125,7 +125,7 @@ class FeatureBatch:
         if self.descriptors.ndim != 2:
             raise ValueError(f"descriptors must be (K, D), found shape {self.descriptors.shape}")
         ends = self.offsets.shape == (n + 1,) and self.offsets[0] == 0 and self.offsets[-1] == k
-        if not ends or (self.counts < 0).any():
+        if not ends or (self.offsets[1:] < self.offsets[:-1]).any():
             raise ValueError(f"offsets {self.offsets.shape} do not divide {k} rows among {n} images")
         if any(column is not None and len(column) != k for column in (self.geometry, self.words, self.weights)):
             raise ValueError(f"geometry has {len(self.geometry)} rows, descriptors {k}; as words and weights must have")
@@ -365,7 +365,7 @@ class Hits:
     @classmethod
     def ranked(cls, image_ids: Int64s, scores: Floats, depth: int) -> "Hits":
         """Sort unordered candidates (Q, M), -1 marking none, and keep the best `depth`, padded if M < depth."""
-        scores = np.where(image_ids < 0, -np.inf, scores).astype(np.float32)
+        scores = np.where(image_ids < 0, -np.inf, scores).astype(np.float32, copy=False)
         order = np.lexsort((image_ids, image_ids < 0, -scores))[:, :depth]
         ids, best = in_order(image_ids, order), in_order(scores, order)
         missing = depth - ids.shape[1]
@@ -373,6 +373,11 @@ class Hits:
             ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
             best = np.pad(best, ((0, 0), (0, missing)), constant_values=-np.inf)
         return cls(ids, best)
+
+    def without(self, image_ids: Int64s, depth: int) -> "Hits":
+        """The best `depth` of the others."""
+        kept = np.where(np.isin(self.image_ids, image_ids), -1, self.image_ids)
+        return Hits.ranked(kept, self.scores, depth)
 
     @classmethod
     def merge(cls, parts: Sequence["Hits"], depth: int) -> "Hits":

@@ -13,7 +13,7 @@ from cbir.rerank.adaptive import background
 from cbir.search import Answer, Searcher
 from cbir.types import FeatureBatch, Hits, image_id
 
-__all__ = ["Judged", "RawFeatures", "judge"]
+__all__ = ["RANKING_DEPTH", "Judged", "RawFeatures", "indexed_image", "judge", "query_picture"]
 
 RANKING_DEPTH = 10_000
 QUERY_BATCH = 16
@@ -85,7 +85,7 @@ def _answer(
         begun = time.perf_counter()
         answer = searcher.answer_features(raw, depth)
     else:
-        pictures = [_picture(searcher, truth, query, keys) for query in queries]
+        pictures = [query_picture(searcher, truth, query, keys) for query in queries]
         begun = time.perf_counter()
         answer = searcher.answer(pictures, [query.box for query in queries], depth)
     return answer, time.perf_counter() - begun
@@ -109,13 +109,18 @@ class _Rankings:
         return Judged(self._truth, self._rankings, evaluate(self._rankings, self._truth), self._seconds)
 
 
-def _picture(searcher: Searcher, truth: GroundTruth, query: GroundTruthQuery, keys: Mapping[int, str]) -> bytes:
+def query_picture(searcher: Searcher, truth: GroundTruth, query: GroundTruthQuery, keys: Mapping[int, str]) -> bytes:
     """The file beside the ground truth; else the indexed image with this key, or the key without leading folders."""
     try:
         return truth.picture(query).read_bytes()
     except DataError:
-        parts = query.image.split("/")
-        for key in ("/".join(parts[number:]) for number in range(len(parts))):
-            if keys.get(image_id(key)) == key:
-                return searcher.picture(image_id(key))
-        raise
+        if (image := indexed_image(query, keys)) is None:
+            raise
+        return searcher.picture(image)
+
+
+def indexed_image(query: GroundTruthQuery, keys: Mapping[int, str]) -> int | None:
+    """The id of the indexed image whose key is the query's name, or that without leading folders; None without one."""
+    parts = query.image.split("/")
+    names = ("/".join(parts[number:]) for number in range(len(parts)))
+    return next((image_id(name) for name in names if keys.get(image_id(name)) == name), None)

@@ -18,11 +18,11 @@ from typing import Any, Self
 from cbir.artifacts import sha256_of
 from cbir.config import Config
 from cbir.errors import ConfigError
-from cbir.partition import LocalFiles
+from cbir.partition import Found, LocalFiles
 from cbir.queries import Box, QueryEncoder
 from cbir.search import Answer, Patience, Picture, Question, Result, Searcher
 from cbir.storage import open_store
-from cbir.types import Floats
+from cbir.types import FeatureBatch, Floats
 from cbir.versions import Manifest, Versions
 from pipelines.cluster import connect, ray
 from pipelines.query_actor import Call, Holder, Opening, parsed
@@ -38,19 +38,37 @@ class _RemoteSearcher(Searcher):
         self, manifest: Manifest, config: Config, encoder: QueryEncoder, opening: Opening, shares: Sequence[Replicas]
     ) -> None:
         super().__init__(manifest, config, encoder, parts=())
-        self._opening, self._shares = opening, list(shares)
+        self._opening = opening
+        self._shares = list(zip(shares, _divided(len(self._edges), len(shares)), strict=True))
+
+    def _search(
+        self, encoded: Mapping[str, FeatureBatch], depth: int, labelled: int, patience: Patience
+    ) -> list[Found]:
+        futures: dict[tuple[int, ...], Future[Found]] = {}
+        for share, numbers in self._shares:
+            if numbers:
+                (futures[numbers],) = share.submit([Call(self._opening, numbers, "search", (encoded, depth, labelled))])
+        wait(futures.values(), patience.seconds("search"), FIRST_EXCEPTION)
+        late = {numbers for numbers, future in futures.items() if future.cancel()}
+        patience.missing.update(*late)
+        return [future.result() for numbers, future in futures.items() if numbers not in late]
 
     def _ask(self, question: Question, arguments: Mapping[int, tuple[Any, ...]], patience: Patience) -> dict[int, Any]:
         futures: dict[int, Future[Any]] = {}
-        for first, share in enumerate(self._shares):
-            numbers = [number for number in arguments if number % len(self._shares) == first]
-            calls = [Call(self._opening, number, question, arguments[number]) for number in numbers]
-            futures.update(zip(numbers, share.submit(calls), strict=True))
+        for share, numbers in self._shares:
+            asked = [number for number in numbers if number in arguments]
+            calls = [Call(self._opening, (number,), question, arguments[number]) for number in asked]
+            futures.update(zip(asked, share.submit(calls), strict=True))
         wait(futures.values(), patience.seconds(question), FIRST_EXCEPTION)
         late = {number for number, future in futures.items() if future.cancel()}
         answers = {number: futures[number].result() for number in arguments if number not in late}
         patience.missing |= late
         return answers
+
+
+def _divided(num_partitions: int, num_shares: int) -> list[tuple[int, ...]]:
+    """The partitions of each share, of which there may be more than partitions."""
+    return [tuple(range(first, num_partitions, num_shares)) for first in range(num_shares)]
 
 
 @dataclass
@@ -70,6 +88,9 @@ class QueryPool:
     of each share is alive; an actor that dies is started again, one that takes more than `slow_s` seconds for a call
     is helped out by another. Queries are encoded in the caller's process. ConfigError if the cluster has no room for
     the actors within `start_s` seconds.
+
+    With `verify` an actor compares every file with its sha256 before it maps it [0.75 s per GiB, while the version
+    before goes on answering]: a damaged version is refused, where a search in it could end the actor by a signal.
     """
 
     def __init__(
@@ -81,6 +102,8 @@ class QueryPool:
         start_s: float = 300.0,
         replicas: int = 1,
         slow_s: float = 0.5,
+        *,
+        verify: bool = True,
     ) -> None:
         self._store = open_store(store_uri)
         manifest = Versions(self._store).load()
@@ -92,7 +115,10 @@ class QueryPool:
         # Ray starts again what dies, but repeats no call: another replica takes it at once.
         options = {"num_cpus": cpus, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
         actor = ray.remote(concurrency_groups={CARE: 1})(Holder).options(**options)
-        self._shares = [Replicas([actor.remote(store_uri) for _ in range(replicas)], slow_s) for _ in range(num_actors)]
+        self._shares = [
+            Replicas([actor.remote(store_uri, verify=verify) for _ in range(replicas)], slow_s)
+            for _ in range(num_actors)
+        ]
         with contextlib.ExitStack() as undo:
             undo.callback(self._end_actors)
             self._await_actors()
@@ -154,10 +180,8 @@ class QueryPool:
         return _Opened(opening, _RemoteSearcher(manifest, config, encoder, opening, self._shares))
 
     def _open_in_actors(self, opening: Opening, num_partitions: int) -> None:
-        end, step = time.monotonic() + self._start_s, len(self._shares)
-        begun = [
-            share.begin_open(opening, range(first, num_partitions, step)) for first, share in enumerate(self._shares)
-        ]
+        end, divided = time.monotonic() + self._start_s, _divided(num_partitions, len(self._shares))
+        begun = [share.begin_open(opening, numbers) for share, numbers in zip(self._shares, divided, strict=True)]
         for share, references in zip(self._shares, begun, strict=True):
             share.await_open(opening, references, end)
 

@@ -21,9 +21,9 @@ from cbir.spec import fingerprint
 from cbir.storage import Store
 from cbir.types import FeatureBatch, Floats, image_id
 from cbir.versions import Manifest
+from pipelines.build import probe_hits
 from pipelines.load import Ask, Reply, Truth
 from pipelines.query_pool import QueryPool
-from pipelines.stages import probe_hits
 from pipelines.tables import open_parquet
 from pipelines.work import Worker
 

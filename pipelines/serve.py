@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cbir.errors import ConfigError
-from pipelines.terminal import IndexOrConfig, err, out, store_of
+from pipelines.terminal import IndexOrConfig, out, store_of, warn
 
 if TYPE_CHECKING:
     from pipelines.service import Service
@@ -43,6 +43,9 @@ def serve(
         float, typer.Option("--poll", min=0.01, help="Seconds between looks for a newer published version.")
     ] = 5.0,
     token_file: TokenFile = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare every file with its sha256 before it is served.")
+    ] = True,
 ) -> None:
     """Answer searches over HTTP, and swap to every version that is published, without a failed query.
 
@@ -64,8 +67,8 @@ def serve(
     store = store_of(index)
     with listen(host, port) as listener:
         if token is None and not host.startswith("127.") and host not in ("localhost", "::1"):
-            err.print(f"warning: everybody who reaches {host} may search; set ${TOKEN_VARIABLE} to ask for a token")
-        with QueryPool(store.uri, actors, address=ray, replicas=replicas) as pool:
+            warn(f"everybody who reaches {host} may search; set ${TOKEN_VARIABLE} to ask for a token")
+        with QueryPool(store.uri, actors, address=ray, replicas=replicas, verify=verify) as pool:
             settings = Settings(deadline, round(max_megabytes * 1e6), poll, token)
             where = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
             out.print(f"serving version {pool.version} of {store.uri} at {where} (API: {where}/docs)", soft_wrap=True)
@@ -102,7 +105,12 @@ def _run(service: "Service", listener: socket.socket) -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     config = uvicorn.Config(
-        service.app, log_level="warning", access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=30
+        service.app,
+        log_config=None,  # its log is that of this process
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=30,
     )
     signal.signal(signal.SIGTERM, _end)  # the server raises the signal that ended it again, when it is through
     uvicorn.Server(config).run(sockets=[listener])

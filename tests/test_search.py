@@ -10,14 +10,16 @@ import pytest
 from PIL import Image
 
 import cbir
+from cbir import partition
 from cbir.config import Config, parse_config
 from cbir.errors import ArtifactError, DataError, ObjectMissing, StorageError
 from cbir.partition import LocalFiles, Partition
 from cbir.search import Patience, Searcher, open_version, searcher_of
 from cbir.storage import open_store
-from cbir.types import Hits, image_id
+from cbir.types import FeatureBatch, Hits, image_id
 from cbir.versions import Versions
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
+from pipelines.run import Run
 
 QUERIES = ("object1/view0.jpg", "object4/view2.jpg", "object6/view3.jpg")
 TINY = {
@@ -34,7 +36,7 @@ def many(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempP
     store = str(tmp_path_factory.mktemp("many") / "store")
     config = parse_config(settings(store=store, channels=channels, search=search, evaluate={"probes": 0}), "the test")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: 50)
+        patch.setattr(Run, "_num_partitions", lambda *_: 50)
         index(config)
     return config
 
@@ -77,7 +79,7 @@ def test_queries_do_not_depend_on_their_batch(searcher: Searcher, pictures: dict
 def test_no_query_has_no_answer(searcher: Searcher) -> None:
     answer = searcher.answer([], depth=5)
     assert len(answer.hits) == 0
-    assert answer.records == {}
+    assert answer.labels.keys == []
 
 
 def test_a_box_is_a_picture_of_its_part(searcher: Searcher, tmp_path: Path, pictures: dict[str, bytes]) -> None:
@@ -157,9 +159,12 @@ class TestOpening:
         with pytest.raises(ArtifactError, match="has no version 7; published are: 1"):
             open_version(many.store, 7)
 
-    @pytest.mark.parametrize("damage", ["cut", "grown", "gone"])
+    @pytest.mark.parametrize("damage", ["cut", "grown", "flipped", "gone"])
     @pytest.mark.parametrize("part", ["ids", "indexes", "features"])
-    def test_a_file_of_another_size_is_not_mapped(self, one: Config, tmp_path: Path, damage: str, part: str) -> None:
+    def test_a_damaged_file_is_not_mapped(
+        self, one: Config, damage: str, part: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whose bytes were flipped is found in small files, and in large ones if it is asked for."""
         store = open_store(one.store)
         manifest = Versions(store).load()
         named = manifest.layout["partitions"][0][part]
@@ -170,12 +175,18 @@ class TestOpening:
             if damage == "gone":
                 path.unlink()
             else:
-                path.write_bytes(good[:-1] if damage == "cut" else good + b"x")
-            error = ObjectMissing if damage == "gone" else ArtifactError
-            with pytest.raises(
-                error, match="no such object" if damage == "gone" else rf"has \d+ bytes, its record says {len(good)}"
-            ):
+                half = len(good) // 2
+                flipped = good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :]
+                path.write_bytes({"cut": good[:-1], "grown": good + b"x", "flipped": flipped}[damage])
+            error, found = {
+                "gone": (ObjectMissing, "no such object"),
+                "flipped": (ArtifactError, rf"{path} has other bytes than its record says .*; run `cbir verify"),
+            }.get(damage, (ArtifactError, rf"has \d+ bytes, its record says {len(good)}"))
+            with pytest.raises(error, match=found):
                 searcher_of(store, manifest)
+            monkeypatch.setattr(partition, "_SMALL_BYTES", 0)
+            with pytest.raises(error, match=found):
+                LocalFiles(store, manifest, verify=True).path(path.relative_to(one.store).as_posix())
         finally:
             path.write_bytes(good)
 
@@ -196,6 +207,11 @@ class TestOpening:
         assert len(fetched) == len(set(fetched)) == 4
         names = {path.name.split(".")[0] for path in (tmp_path / "cache").iterdir()}
         assert names == {file.sha256 for file in manifest.files if file.key in fetched}
+        cached = LocalFiles(store, manifest).path(fetched[0])
+        whole = cached.read_bytes()
+        cached.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert LocalFiles(store, manifest).path(fetched[0]).read_bytes() == whole, "it is fetched again"
+        assert len(fetched) == 5
         damaged = Path(one.store) / fetched[0]
         good = damaged.read_bytes()
         damaged.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -221,6 +237,33 @@ def test_partitions_are_asked_through_one_seam(many: Config, pictures: dict[str,
     encoded = plain.encoder.encode(plain.encoder.extract([pictures[QUERIES[0]]], [None]))
     hits: Hits = other.channel_hits(encoded, 7)["whole"]
     assert np.array_equal(hits.image_ids, plain.channel_hits(encoded, 7)["whole"].image_ids)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["by_column", "one_by_one"])
+def test_labels_come_with_the_hits_of_one_channel(
+    searcher: Searcher, pictures: dict[str, bytes], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "_FEW", few)
+    vectors = vectors_of(searcher, "whole", [pictures[key] for key in QUERIES])
+    encoded = {"whole": FeatureBatch.of_global(np.arange(len(vectors)), vectors)}
+    found = searcher._together.search(encoded, 9, 4)
+    shown = found.hits["whole"].image_ids[:, :4]
+    assert set(found.labels.by_id) == set(shown[shown >= 0].tolist())
+    keys = searcher.keys()
+    for image, (key, size) in found.labels.by_id.items():
+        owner = searcher.partitions[int(np.searchsorted(searcher._edges, image, side="right")) - 1]
+        (record,) = owner.records(np.array([image]))
+        assert (key, size) == (keys[image], [record["height"], record["width"]])
+    assert searcher._together.search(encoded, 9).labels.keys == []
+
+
+def test_a_group_of_partitions_is_left_once_the_time_is_up(searcher: Searcher, pictures: dict[str, bytes]) -> None:
+    vectors = vectors_of(searcher, "whole", [pictures[QUERIES[0]]])
+    encoded = {"whole": FeatureBatch.of_global(np.arange(1), vectors)}
+    found = searcher._together.search(encoded, 3, 3, end=0.0)
+    assert found.missing == set(range(50))
+    assert found.hits["whole"].image_ids.tolist() == [[-1, -1, -1]]
+    assert found.labels.keys == []
 
 
 def vectors_of(searcher: Searcher, channel: str, pictures: list[bytes]) -> Any:
@@ -294,9 +337,18 @@ class Late(Searcher):
     late: Any = ()
     question = ""
 
-    def _ask(self, question: Any, arguments: Any, patience: Any) -> Any:
-        late = {number for number in arguments if number in self.late and question == self.question}
+    def _late(self, numbers: Any, question: str, patience: Any) -> set[int]:
+        late = {number for number in numbers if number in self.late and question == self.question}
         patience.missing |= late
+        return late
+
+    def _search(self, encoded: Any, depth: int, labelled: int, patience: Any) -> Any:
+        late = self._late(range(len(self.partitions)), "search", patience)
+        punctual = set(range(len(self.partitions))) - late
+        return [self._together.only(punctual).search(encoded, depth, labelled)] if punctual else []
+
+    def _ask(self, question: Any, arguments: Any, patience: Any) -> Any:
+        late = self._late(arguments, question, patience)
         return super()._ask(question, {n: given for n, given in arguments.items() if n not in late}, patience)
 
 
@@ -334,7 +386,7 @@ def test_images_without_their_row_of_the_id_map_are_left_out(
     late: Late, searcher: Searcher, pictures: dict[str, bytes]
 ) -> None:
     owner = int(np.searchsorted(searcher._edges, image_id(QUERIES[0]), side="right")) - 1
-    late.late, late.question = {owner}, "records"
+    late.late, late.question = {owner}, "labels"
     answer, whole = (one.answer([pictures[QUERIES[0]]], depth=20) for one in (late, searcher))
     assert answer.missing == (owner,)
     high = searcher.partitions[owner + 1].low if owner < 49 else 1 << 63
@@ -354,11 +406,11 @@ def test_a_deadline_is_divided_among_what_a_query_waits_for(monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr("cbir.search.time.monotonic", lambda: now[0])
     patience, endless = Patience(10), Patience()
-    assert [patience.seconds(question) for question in ("search", "features", "records")] == [8, 9, 10]
+    assert [patience.seconds(question) for question in ("search", "features", "labels")] == [8, 9, 10]
     now[0] += 7
-    assert [patience.seconds(question) for question in ("search", "features", "records")] == [1, 2, 3]
+    assert [patience.seconds(question) for question in ("search", "features", "labels")] == [1, 2, 3]
     now[0] += 100
-    assert [patience.seconds(question) for question in ("search", "features", "records")] == [1, 1, 1]
+    assert [patience.seconds(question) for question in ("search", "features", "labels")] == [1, 1, 1]
     assert endless.seconds("search") is None
     with pytest.raises(ValueError, match="above 0"):
         Patience(0)

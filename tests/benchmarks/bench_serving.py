@@ -71,7 +71,8 @@ def published(store: Store, vectors: Floats, num_partitions: int) -> Manifest:
         files += own
         parts.append(PartitionLayout(low, high, len(some), own[1].key, "", {"vectors": (own[0].key,)}, {}, {}))
     layout = Layout({"vectors": ChannelLayout((), files[0].key, {})}, tuple(parts))
-    return Versions(store).publish(manifest_of(config, layout, files))
+    with Versions(store).writing("the benchmark") as held:
+        return Versions(store).publish(manifest_of(config, layout, files), held)
 
 
 def id_rows(batch: FeatureBatch) -> pa.Table:

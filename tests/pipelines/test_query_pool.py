@@ -18,6 +18,7 @@ import cbir
 from cbir.artifacts import sha256_of
 from cbir.config import parse_config
 from cbir.errors import ArtifactError, CbirError, ConfigError, DataError, ObjectMissing
+from cbir.partition import Partitions
 from cbir.search import Answer, Result
 from cbir.storage import open_store
 from cbir.types import FeatureBatch
@@ -25,10 +26,11 @@ from cbir.versions import Versions
 from pipelines import query_actor
 from pipelines import replicas as replicas_module
 from pipelines.cluster import ray
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
 from pipelines.query_actor import Call, Holder, Opening
 from pipelines.query_pool import QueryPool
 from pipelines.replicas import CARE, Replicas
+from pipelines.run import Run
 
 pytestmark = pytest.mark.service
 
@@ -41,7 +43,7 @@ def store(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Temp
     """Two versions of five partitions: 1 ranks by RANSAC's inliers, 2 by the VLAD vectors alone."""
     uri = str(tmp_path_factory.mktemp("pool") / "store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: NUM_PARTITIONS)
+        patch.setattr(Run, "_num_partitions", lambda *_: NUM_PARTITIONS)
         index(parse_config(settings(store=uri), "version 1"))
         index(parse_config(settings(store=uri, search={"depth": 50}), "version 2"))
     return uri
@@ -257,7 +259,7 @@ def test_partitions_are_opened_once(store: str, monkeypatch: pytest.MonkeyPatch)
     opening, holder = opening_of(store), Holder(store)
     holder.open(opening, [0, 2])
     holder.open(opening, [0, 2])
-    (keys,) = holder.outcomes([Call(opening, 1, "keys", ())])
+    (keys,) = holder.outcomes([Call(opening, (1,), "keys", ())])
     assert len(keys.value) == Versions(open_store(store)).load(1).layout["partitions"][1]["num_images"]
     assert len(opened) == 3
     assert holder.versions() == [1]
@@ -270,7 +272,7 @@ def test_what_was_closed_is_not_opened_again_for_a_query_that_was_given_up(store
     opening, holder = opening_of(store), Holder(store)
     holder.close(opening)
     holder.open(opening, [0])
-    (outcome,) = holder.outcomes([Call(opening, 0, "keys", ())])
+    (outcome,) = holder.outcomes([Call(opening, (0,), "keys", ())])
     assert isinstance(outcome.error, CbirError)
     assert "version 1 was closed" in str(outcome.error)
     assert holder.versions() == []
@@ -280,10 +282,10 @@ def test_the_error_of_one_call_is_none_of_those_that_it_was_joined_with(store: s
     opening, holder = opening_of(store), Holder(store)
     bad = FeatureBatch.of_global(np.zeros(1, np.int64), np.ones((1, 3), np.float32))
     calls = [
-        Call(opening, 0, "keys", ()),
-        Call(opening, 0, "search", ({"local": bad}, 5)),
-        Call(opening, 0, "search", ({"other": bad}, 5)),
-        Call(opening, 1, "keys", ()),
+        Call(opening, (0,), "keys", ()),
+        Call(opening, (0,), "search", ({"local": bad}, 5, 0)),
+        Call(opening, (0,), "search", ({"other": bad}, 5, 0)),
+        Call(opening, (1,), "keys", ()),
     ]
     first, wrong, defect, last = holder.outcomes(calls)
     assert set(first.value).isdisjoint(last.value)
@@ -317,32 +319,69 @@ def new_actor(store: str) -> Any:
 def test_calls_that_wait_together_become_one(
     pool: QueryPool, store: str, monkeypatch: pytest.MonkeyPatch, pictures: dict[str, bytes]
 ) -> None:
-    """One call is on its way; ten more come, one by one, of several partitions and questions."""
+    """One call is on its way; more come, one by one, for several partitions, depths and queries."""
     actor, opening = Counted(new_actor(store)), opening_of(store)
     kill = ray.kill
     monkeypatch.setattr(ray, "kill", lambda counted: kill(counted._actor))
     replicas = Replicas([actor], slow_s=60)
-    encoder = cbir.open(store, 1).encoder
-    queries = encoder.encode(encoder.extract([pictures[key] for key in QUERIES], [None] * 3))
-    asked = [Call(opening, number, "search", (queries, depth)) for number in range(5) for depth in (3, 7)]
+    searcher = cbir.open(store, 1)
+    queries = searcher.encoder.encode(searcher.encoder.extract([pictures[key] for key in QUERIES], [None] * 3))["local"]
+    asked = [
+        Call(opening, numbers, "search", ({"local": queries.take(np.arange(first, 3))}, depth, 2))
+        for numbers in ((0,), (1, 3), (0, 1, 2, 3, 4))
+        for depth in (3, 7)
+        for first in (0, 1, 2)
+    ]
     try:
-        (first,) = replicas.submit([Call(opening, 0, "keys", ())])
+        (first,) = replicas.submit([Call(opening, (0,), "keys", ())])
         assert actor.began.wait(60)
         futures = [future for call in asked for future in replicas.submit([call])]
         actor.go_on.set()
         assert len(first.result(60)) > 0
-        found = [future.result(60)["local"] for future in futures]
+        answers = [future.result(60) for future in futures]
     finally:
         actor.go_on.set()
         replicas.end()
-    assert actor.sizes == [1, 10]
-    parts = cbir.open(store, 1).partitions
-    for call, hits in zip(asked, found, strict=True):
-        alone = parts[call.number].search(queries, call.arguments[1])["local"]
-        assert np.array_equal(hits.image_ids, alone.image_ids)
-        assert np.array_equal(hits.scores, alone.scores)
+    assert actor.sizes == [1, len(asked)]
+    keys = searcher.keys()
+    for call, found in zip(asked, answers, strict=True):
+        hits = found.hits["local"]
+        alone = Partitions({number: searcher.partitions[number] for number in call.numbers}).search(*call.arguments)
+        assert np.array_equal(hits.image_ids, alone.hits["local"].image_ids)
+        assert np.array_equal(hits.scores, alone.hits["local"].scores)
+        shown = hits.image_ids[:, :2]
+        assert {image: found.labels.by_id[image][0] for image in shown[shown >= 0].tolist()}.items() <= keys.items()
     with pytest.raises(CbirError, match="the query pool is closed"):
         replicas.submit(asked)
+
+
+def test_searches_are_made_together_unless_one_of_them_fails(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    original = Partitions.search
+
+    def counted(self: Partitions, queries: Any, *rest: Any) -> Any:
+        searched.append(len(queries["local"]))
+        return original(self, queries, *rest)
+
+    monkeypatch.setattr(Partitions, "search", counted)
+    opening, holder, dim = opening_of(store), Holder(store), cbir.open(store, 1).partitions[0].indexes["local"].dim
+    rows = np.random.default_rng(0).normal(size=(4, dim)).astype(np.float32)
+    broken = np.where(np.arange(4)[:, None] == 2, np.nan, rows).astype(np.float32)
+
+    def asked(rows: Any) -> list[Call]:
+        batches = [FeatureBatch.of_global(np.zeros(1, np.int64), row[None]) for row in rows]
+        return [Call(opening, (0, 1), "search", ({"local": batch}, 5, 0)) for batch in batches]
+
+    alone = [holder.outcomes([call])[0].value.hits["local"] for call in asked(rows)]
+    assert searched == [1] * 4
+    together = holder.outcomes(asked(rows))
+    assert searched == [1] * 4 + [4]
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one.image_ids, other.value.hits["local"].image_ids)
+        assert np.array_equal(one.scores, other.value.hits["local"].scores)
+    errors = [outcome.error for outcome in holder.outcomes(asked(broken))]
+    assert [error is None for error in errors] == [True, True, False, True]
+    assert "NaN" in str(errors[2])
 
 
 def test_a_call_that_ends_every_process_it_meets_is_given_up(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +401,7 @@ def test_a_call_that_ends_every_process_it_meets_is_given_up(store: str, monkeyp
     monkeypatch.setattr(replicas_module, "_RETRY_S", 0.001)
     replicas = Replicas([actor], slow_s=60)
     try:
-        (future,) = replicas.submit([Call(opening_of(store), 0, "keys", ())])
+        (future,) = replicas.submit([Call(opening_of(store), (0,), "keys", ())])
         with pytest.raises(CbirError, match="died 8 times while they had this query"):
             future.result(60)
     finally:

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import cbir
 from cbir.config import parse_config
 from cbir.errors import ConfigError, DataError, StorageError
+from cbir.layout import Labels
 from cbir.search import Answer
 from cbir.storage import open_store
 from cbir.types import Hits
@@ -281,8 +282,8 @@ class Stub:
 
 def answer_without(*missing: int) -> Answer:
     hits = Hits(np.array([[5]]), np.array([[0.5]], np.float32))
-    records = {5: {"key": "five", "height": 1, "width": 1}}
-    return Answer(hits, {"one": hits}, {}, records, 7, hits, 0.0, missing)
+    labels = Labels(np.array([5]), ["five"], np.ones((1, 2), np.int32))
+    return Answer(hits, {"one": hits}, {}, labels, 7, hits, 0.0, missing)
 
 
 @pytest.mark.parametrize(
