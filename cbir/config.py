@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     StringConstraints,
     ValidationError,
@@ -40,6 +41,7 @@ __all__ = [
     "Evaluate",
     "Pool",
     "Pools",
+    "Reindex",
     "Sample",
     "Search",
     "assets_of",
@@ -198,7 +200,7 @@ class Search(Spec):
 
 
 class Floor(Spec):
-    """The least quality that a version needs to be published."""
+    """What a version needs to be published: the least quality and size, and the largest loss."""
 
     map: NonNegativeFloat | None = None
     """Mean average precision, rectangle form."""
@@ -206,6 +208,10 @@ class Floor(Spec):
     """Share of the queries whose first result is right."""
     ann_recall: NonNegativeFloat | None = None
     """Recall@10 of the index against exact search over the same vectors."""
+    images: NonNegativeInt | None = None
+    """How many images are indexed: a source that lost half of its images must not be published."""
+    quarantined: NonNegativeFloat | None = None
+    """The largest share of the images that could not be used; this one is a ceiling."""
 
 
 class Evaluate(Spec):
@@ -227,6 +233,26 @@ class Evaluate(Spec):
         if self.floor.ann_recall is not None and not self.probes:
             raise ValueError("floor.ann_recall: can be measured only with evaluate.probes above 0")
         return self
+
+
+class Reindex(Spec):
+    """When `cbir reindex` trains codebooks again instead of appending to the index with those that are there.
+
+    New images are compared with those that the codebooks were trained on.
+    """
+
+    retrain: Literal["auto", "always", "never"] = "auto"
+    """auto: by the figures below."""
+    images: PositiveInt = 200
+    """Fewer new images since the last version decide nothing."""
+    error: PositiveFloat = 1.25
+    """The quantisation error of new images (mean squared distance to list or word) over that of old ones, at most."""
+    imbalance: PositiveFloat = 2.0
+    """The imbalance factor of the lists or words of all images over that of old ones, at most."""
+    entropy: PositiveFloat = 0.8
+    """The entropy of the assignment of all images to lists or words over that of old ones, at least."""
+    recall: NonNegativeFloat = 0.05
+    """How much less recall@10 against exact search may be for new images as queries than for old ones."""
 
 
 class Sample(Spec):
@@ -281,6 +307,7 @@ class Config(Spec):
     """The ways to describe images, by a name of your own."""
     search: Search = Search()
     evaluate: Evaluate = Evaluate()
+    reindex: Reindex = Reindex()
     partition_megabytes: PositiveInt = 4096
     """The size of a partition, which is what one query actor holds."""
     workers: NonNegativeInt = 2

@@ -1,7 +1,7 @@
 """A candidate version, put together from the records of all stages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cbir.artifacts import Done, StoredFile
 from cbir.config import Config
@@ -13,7 +13,7 @@ from cbir.versions import Manifest, unique_files
 from pipelines.stages import Extracted
 from pipelines.work import ChannelWork
 
-__all__ = ["Built", "Part", "channel_layout", "checked_counts", "manifest_of", "partition"]
+__all__ = ["Built", "Part", "channel_layout", "checked_counts", "content_of", "hiding", "manifest_of", "partition"]
 
 Part = tuple[int, str, str, int]
 """A file of a partition: the partition's least id, the channel, the role, and its number among those of this role."""
@@ -29,25 +29,42 @@ class Built:
     counts: Mapping[str, int]
     builds: Mapping[str, Sequence[Done]]
     trains: Mapping[str, Done]
+    plan: str
+    """The file of the plan."""
+    hidden: StoredFile | None = None
 
 
 def manifest_of(config: Config, store: Store, built: Built) -> Manifest:
     """The manifest of all this, which has no number yet."""
-    files = {file.key: file for done in built.records for file in done.files if file.key in _published(built.layout)}
+    published = {built.plan, *_published(built.layout)}
+    files = {file.key: file for done in built.records for file in done.files if file.key in published}
+    files |= {built.hidden.key: built.hidden} if built.hidden else {}
     for work in built.works:
         for asset in work.assets.values():
             files[asset.key] = StoredFile("asset", asset.key, store.stat(asset.key).size, asset.sha256)
-    semantic = config.model_dump(mode="json", exclude={"workers", "pools", "ray", "store"})
-    ranking = [spec.identity() for spec in (config.search.fuse, *config.search.rerank) if spec is not None]
     return Manifest(
         version=0,
-        content=fingerprint(built.layout.to_json(), semantic, ranking),
+        content=content_of(built.layout, config),
         config=config.model_dump(mode="json"),
         files=unique_files(files.values()),
         layout=built.layout.to_json(),
         counts=built.counts,
         work=tuple(sorted({f"stages/{done.stage}/{done.fingerprint}/" for done in built.records})),
+        plan=built.plan,
     )
+
+
+def content_of(layout: Layout, config: Config) -> str:
+    """What identifies what is searched, and how."""
+    semantic = config.model_dump(mode="json", exclude={"workers", "pools", "ray", "store", "reindex"})
+    ranking = [spec.identity() for spec in (config.search.fuse, *config.search.rerank) if spec is not None]
+    return fingerprint(layout.to_json(), semantic, ranking)
+
+
+def hiding(layout: Layout, hidden: StoredFile | None) -> Layout:
+    """The same, without the images of this file in any result."""
+    key = hidden.key if hidden else ""
+    return replace(layout, partitions=tuple(replace(part, hidden=key) for part in layout.partitions))
 
 
 def _published(layout: Layout) -> set[str]:
@@ -55,12 +72,11 @@ def _published(layout: Layout) -> set[str]:
     return keys.union(*(part.keys for part in layout.partitions))
 
 
-def channel_layout(work: ChannelWork, train: Done, background: Done | None) -> ChannelLayout:
+def channel_layout(work: ChannelWork, train: Done, background: float | None) -> ChannelLayout:
     """The files of a trained channel."""
     encoders = tuple(train.file(f"encoder-{number}").key for number in range(len(work.channel.encoders)))
     assets = {name: asset.key for name, asset in work.assets.items()}
-    value = float(background.facts["background"]) if background else None
-    return ChannelLayout(encoders, train.file("index").key, assets, value)
+    return ChannelLayout(encoders, train.file("index").key, assets, background)
 
 
 def partition(bound: tuple[int, int], catalog: Done, merges: Mapping[Part, Done]) -> PartitionLayout:

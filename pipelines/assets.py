@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cbir.artifacts import sha256_of
-from cbir.config import Channel, Codebooks, Config, parse_config
+from cbir.config import Channel, Config, parse_config
 from cbir.errors import CbirError, ConfigError
 from cbir.layout import Layout
 from cbir.spec import nearest
@@ -14,19 +14,20 @@ from cbir.storage import Store, open_store
 from cbir.versions import Manifest, Versions
 from pipelines.work import Asset, ChannelWork
 
-__all__ = ["channel_work", "check_codebooks", "read_assets"]
+__all__ = ["channel_work", "check_codebooks", "differences", "published_channel", "read_assets", "store_asset"]
 
 
 def channel_work(store: Store, config: Config, name: str) -> ChannelWork:
     """A channel with everything that its tasks need in the store; ConfigError for what cannot be had."""
     channel, path = config.channels[name], f"channels.{name}"
-    assets = {field: _stored(store, data, suffix) for field, suffix, data in read_assets(channel, path)}
+    assets = {field: store_asset(store, data, suffix) for field, suffix, data in read_assets(channel, path)}
     work = ChannelWork(name, channel, assets)
-    states = tuple(_stored(store, data, ".safetensors") for data in _read_codebooks(work))
+    states = tuple(store_asset(store, data, ".safetensors") for data in _read_codebooks(work))
     return ChannelWork(name, channel, assets, states)
 
 
-def _stored(store: Store, data: bytes, suffix: str) -> Asset:
+def store_asset(store: Store, data: bytes, suffix: str) -> Asset:
+    """Keep a file in the store under its content."""
     digest = sha256_of(data)
     key = f"assets/{digest}{suffix}"
     store.create(key, data)
@@ -68,28 +69,35 @@ def _read_codebooks(work: ChannelWork) -> list[bytes]:
     try:
         store = open_store(wanted.store)
         manifest = Versions(store).load(wanted.version)
-        theirs, keys = _trained_channel(manifest, wanted, wanted.channel or work.name, path)
-        difference = next(_differences("", _identity(work), _identity(theirs)), None)
+        config = parse_config(manifest.config, f"version {manifest.version} of {wanted.store}")
+        name = wanted.channel or work.name
+        if name not in config.channels:
+            hint = nearest(name, config.channels)
+            raise ConfigError(f"{path}.channel: {wanted.store} has no channel {name!r}{hint}")
+        theirs = published_channel(manifest, config, name)
+        difference = differences(work, theirs)
         if difference is not None:
             raise ConfigError(
                 f"{path}: version {manifest.version} of {wanted.store} was trained for another channel: {difference}"
             )
-        digests = {file.key: file.sha256 for file in manifest.files}
-        return [store.read(key, sha256=digests[key]) for key in keys]
+        return [store.read(state.key, sha256=state.sha256) for state in theirs.states]
     except ConfigError:
         raise
     except (CbirError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _trained_channel(manifest: Manifest, wanted: Codebooks, name: str, path: str) -> tuple[ChannelWork, list[str]]:
-    """A channel of a version, and the keys of its trained states."""
-    config = parse_config(manifest.config, f"version {manifest.version} of {wanted.store}")
-    if name not in config.channels:
-        raise ConfigError(f"{path}.channel: {wanted.store} has no channel {name!r}{nearest(name, config.channels)}")
+def published_channel(manifest: Manifest, config: Config, name: str) -> ChannelWork:
+    """A channel of a version with this configuration, with its trained states."""
     layout, digests = Layout.from_json(manifest.layout).channels[name], {f.key: f.sha256 for f in manifest.files}
     assets = {field: Asset(key, digests[key]) for field, key in layout.assets.items()}
-    return ChannelWork(name, config.channels[name], assets), [*layout.encoders, layout.index]
+    states = tuple(Asset(key, digests[key]) for key in (*layout.encoders, layout.index))
+    return ChannelWork(name, config.channels[name], assets, states)
+
+
+def differences(ours: ChannelWork, theirs: ChannelWork) -> str | None:
+    """The first difference in how two channels are described and trained, in words; None if there is none."""
+    return next(_differences("", _identity(ours), _identity(theirs)), None)
 
 
 def _identity(work: ChannelWork) -> dict[str, Any]:

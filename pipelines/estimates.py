@@ -19,7 +19,7 @@ from cbir.features.vectors import Vectors
 from cbir.images import BadImage, decode
 from cbir.types import FeatureBatch, ImageBatch, image_id
 from pipelines.assets import check_codebooks, read_assets
-from pipelines.indexing import plan
+from pipelines.plans import plan
 from pipelines.work import limit_threads
 
 __all__ = ["Estimate", "Line", "Trial", "estimate", "in_bytes", "in_time"]

@@ -1,11 +1,13 @@
 """Stage `extract`: one image shard and one channel -> features, and a quarantine row for every image without.
 
 Reading, decoding (in a child process) and the device overlap inside the worker; memory is bounded by a few batches.
+Images that an earlier version knows are neither decoded nor described again.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -15,14 +17,22 @@ import pyarrow as pa
 from cbir.artifacts import Done
 from cbir.collection import ImageShard, InputSpec, RawImage, read_images
 from cbir.config import Config
+from cbir.features.describer import Describer
 from cbir.images import BadImage, Decoded, Limits
 from cbir.layout import IDS_SCHEMA
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, ImageBatch, image_id
+from pipelines.known import KnownImages
 from pipelines.tables import QUARANTINE_SCHEMA, ShardWriter, sorted_table, write_parquet
-from pipelines.work import ChannelWork, Task, Worker
+from pipelines.work import Asset, ChannelWork, Task, Worker
 
-__all__ = ["NO_IMAGES", "ExtractTask"]
+__all__ = ["NO_IMAGES", "ExtractTask", "described_by"]
+
+
+def described_by(work: ChannelWork, config: Config) -> tuple[Any, ...]:
+    """What identifies how the images of a channel become features."""
+    view = work.channel.extractor.view
+    return work.extractor_identity(), view.model_dump(), config.limits.model_dump(), work.name
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,14 @@ class ExtractTask(Task):
     limits: Limits
     input: InputSpec
     source: int
+    earlier: Asset | None = None
+    """Which work knows images of this shard, if any does, as `KnownImages.of` reads it."""
 
     @classmethod
     def of(cls, shard: ImageShard, work: ChannelWork, config: Config) -> "ExtractTask":
         """The task of this shard and channel; its fingerprint covers the pixels and everything done to them."""
         source = config.images.index(shard.source)
-        view = work.channel.extractor.view
-        made_of = (work.extractor_identity(), view.model_dump(), config.limits.model_dump(), work.name)
-        identity = fingerprint("extract", *made_of, source, shard.name, shard.fingerprint)
+        identity = fingerprint("extract", *described_by(work, config), source, shard.name, shard.fingerprint)
         return cls(f"{shard.name} [{work.name}]", identity, shard, work, config.limits, config.input, source)
 
     @property
@@ -52,11 +62,23 @@ class ExtractTask(Task):
 
     def run(self, worker: Worker) -> Done:
         """Read, decode, extract, write."""
-        spec, describer = self.work.channel.extractor, worker.describer(self.work)
+        describer = worker.describer(self.work)
         writer = ShardWriter(worker.scratch("features.arrow"))
-        bad: list[dict[str, Any]] = []
-        num_bytes = num_features = num_regions = 0
-        for images in _batches(self._decoded(worker, bad), spec.batch_size):
+        found = _Found()
+        for features, rows in itertools.chain(self._described(worker, describer, found), self._recalled(worker, found)):
+            found.num_features += len(features.descriptors)
+            found.num_regions += len(features.regions.boxes) if features.regions is not None else 0
+            found.num_bytes += sum(row["num_bytes"] for row in rows)
+            with worker.timer.phase("write"):
+                writer.add(features, pa.Table.from_pylist(rows, schema=IDS_SCHEMA))
+        counts = {"features": found.num_features, "bytes": found.num_bytes + sum(row["num_bytes"] for row in found.bad)}
+        if self.work.channel.proposer is not None:
+            counts["regions"] = found.num_regions
+        return self.commit(worker, writer, describer.describe(NO_IMAGES), found.bad, counts)
+
+    def _described(self, worker: Worker, describer: Describer, found: "_Found") -> Iterator["_Described"]:
+        """The features of the images that nobody knows, with their rows of the id map."""
+        for images in _batches(self._decoded(worker, found), self.work.channel.extractor.batch_size):
             batch = ImageBatch(
                 np.array([image_id(raw.key) for raw, _, _ in images], np.int64),
                 [decoded.pixels for _, _, decoded in images],
@@ -64,20 +86,26 @@ class ExtractTask(Task):
             )
             with worker.timer.phase("device"):
                 features = describer.describe(batch)
-            num_bytes += sum(raw.size for raw, _, _ in images)
-            num_features += len(features.descriptors)
-            num_regions += len(features.regions.boxes) if features.regions is not None else 0
-            with worker.timer.phase("write"):
-                rows = [self._row(raw, digest, decoded) for raw, digest, decoded in images]
-                writer.add(features, pa.Table.from_pylist(rows, schema=IDS_SCHEMA))
-        counts = {"features": num_features, "bytes": num_bytes + sum(row["num_bytes"] for row in bad)}
-        if self.work.channel.proposer is not None:
-            counts["regions"] = num_regions
-        return self.commit(worker, writer, describer.describe(NO_IMAGES), bad, counts)
+            worker.tally["described"] += len(images)
+            yield features, [self._row(raw, digest, decoded.size) for raw, digest, decoded in images]
 
-    def _decoded(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[RawImage, bytes, Decoded]]:
+    def _recalled(self, worker: Worker, found: "_Found") -> Iterator["_Described"]:
+        """The same of those that an earlier version knows."""
+        known, ids = KnownImages.of(worker, self.earlier), np.fromiter(found.known, np.int64, len(found.known))
+        owners = np.fromiter((owner for _, _, owner in found.known.values()), np.int32, len(ids))
+        batches = known.features(worker.store, ids, owners)
+        while True:
+            with worker.timer.phase("read"):
+                features = next(batches, None)
+            if features is None:
+                return
+            worker.tally["recalled"] += len(features)
+            images = zip(features.image_ids.tolist(), features.sizes.tolist(), strict=True)
+            yield features, [self._row(*found.known[image][:2], size) for image, size in images]
+
+    def _decoded(self, worker: Worker, found: "_Found") -> Iterator[tuple[RawImage, bytes, Decoded]]:
         decoder = worker.decoder(self.work.channel.extractor.view, self.limits)
-        decoded = decoder.map(self._raw(worker, bad))
+        decoded = decoder.map(self._unknown(worker, found))
         while True:
             with worker.timer.phase("decode"):
                 item = next(decoded, None)
@@ -85,11 +113,13 @@ class ExtractTask(Task):
                 return
             (raw, digest), result = item
             if isinstance(result, BadImage):
-                bad.append(self.quarantined(raw, result.reason, result.detail))
+                found.bad.append(self.quarantined(raw, result.reason, result.detail))
             else:
                 yield raw, digest, result
 
-    def _raw(self, worker: Worker, bad: list[dict[str, Any]]) -> Iterator[tuple[tuple[RawImage, bytes], bytes]]:
+    def _unknown(self, worker: Worker, found: "_Found") -> Iterator[tuple[tuple[RawImage, bytes], bytes]]:
+        """The images to decode; those that are known are noted, those that are too large quarantined."""
+        known = KnownImages.of(worker, self.earlier)
         images = read_images(self.shard, self.input, int(self.limits.megabytes * 1e6))
         while True:
             with worker.timer.phase("read"):
@@ -97,9 +127,14 @@ class ExtractTask(Task):
             if raw is None:
                 return
             if raw.data is None:
-                bad.append(self.quarantined(raw, "too_many_bytes", f"over {self.limits.megabytes:g} MB"))
+                found.bad.append(self.quarantined(raw, "too_many_bytes", f"over {self.limits.megabytes:g} MB"))
+                continue
+            digest, image = hashlib.sha256(raw.data).digest(), image_id(raw.key)
+            owner = known.owners(np.array([image]), np.array([digest], "S32"))[0]
+            if owner < 0:
+                yield (replace(raw, data=None), digest), raw.data
             else:
-                yield (replace(raw, data=None), hashlib.sha256(raw.data).digest()), raw.data
+                found.known[image] = replace(raw, data=None), digest, owner
 
     def quarantined(self, raw: RawImage, reason: str, detail: str) -> dict[str, Any]:
         """The row of the ledger for an image that cannot be used."""
@@ -117,7 +152,7 @@ class ExtractTask(Task):
             "num_bytes": raw.size,
         }
 
-    def _row(self, raw: RawImage, digest: bytes, decoded: Decoded) -> dict[str, Any]:
+    def _row(self, raw: RawImage, digest: bytes, size: Sequence[int]) -> dict[str, Any]:
         return {
             "image_id": image_id(raw.key),
             "key": raw.key,
@@ -127,8 +162,8 @@ class ExtractTask(Task):
             "object": raw.at.object,
             "start": raw.at.start,
             "num_bytes": raw.size,
-            "height": decoded.size[0],
-            "width": decoded.size[1],
+            "height": size[0],
+            "width": size[1],
         }
 
     def commit(
@@ -158,6 +193,22 @@ class ExtractTask(Task):
         feature_bytes = counts["features"] * row_bytes + counts.get("regions", 0) * _BOX_BYTES
         facts = {"channel": self.work.name, "feature_bytes": feature_bytes}
         return self.finish(worker, files, counts, facts)
+
+
+_Described = tuple[FeatureBatch, list[dict[str, Any]]]
+"""Features, and for every image its row of the id map."""
+
+
+@dataclass
+class _Found:
+    """What a shard has shown so far: ledger rows of unusable images, known images by id with the sha256 of their bytes
+    and the number of the shard that knows them, and sums over the rest."""
+
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    known: dict[int, tuple[RawImage, bytes, int]] = field(default_factory=dict)
+    num_bytes: int = 0
+    num_features: int = 0
+    num_regions: int = 0
 
 
 _BOX_BYTES = 16

@@ -2,9 +2,10 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,11 +16,13 @@ from cbir.errors import CbirError
 from cbir.evaluation.gallery import Gallery, choose_cases
 from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery
 from cbir.evaluation.report import (
+    ChannelDecision,
     Counts,
     IndexChoice,
     QuarantineRow,
     Report,
     SearchFigures,
+    Since,
     StageRow,
     TrialRow,
     write_report,
@@ -69,6 +72,7 @@ def write_evaluation(
         created=manifest.created,
         configuration=yaml.safe_dump(dict(manifest.config), sort_keys=False),
         counts=_counts(manifest),
+        since=_since(manifest),
         stages=[_stage_row(stage) for stage in stages],
         quarantine=ledger(store, manifest),
         quality=judged.quality if judged else None,
@@ -91,6 +95,20 @@ def _counts(manifest: Manifest) -> Counts:
         partitions=counts["partitions"],
         bytes=sum(file.num_bytes for file in manifest.files),
     )
+
+
+def _since(manifest: Manifest) -> Since | None:
+    """What a re-index found and decided, if one made this version."""
+    told = manifest.quality.get("reindex")
+    return (
+        Since(told["from"], told["images"], [_decision(*item) for item in told["channels"].items()]) if told else None
+    )
+
+
+def _decision(channel: str, told: Mapping[str, Any]) -> ChannelDecision:
+    named = {"trained on": told["base"], "new": told["new"]}
+    errors = {name: fit["errors"] for name, fit in named.items() if fit is not None}
+    return ChannelDecision(channel, told["choice"], told["reason"], errors)
 
 
 def _stage_row(stage: StageFigures) -> StageRow:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from cbir.config import Channel, Config
+from cbir.layout import ID_BYTES
 from pipelines.estimates import Estimate, Line, Trial, in_bytes, in_time
 
 __all__ = ["Scale", "at_scale"]
@@ -45,7 +46,7 @@ def at_scale(config: Config, found: Estimate, scale: Scale) -> list[Line]:
     moved = read + scale.images * sum(_moved(channel, trial) for channel, trial in channels)
     extracting = scale.images * sum(trial.seconds for _, trial in channels) / workers
     building = scale.images * sum(_building(channel, trial) for channel, trial in channels) / workers
-    published = scale.images * sum(_published(channel, trial) for channel, trial in channels)
+    published = scale.images * (ID_BYTES + sum(_published(channel, trial) for channel, trial in channels))
     partitions = math.ceil(published / (config.partition_megabytes * 1e6))
     pool = math.ceil(published / (MAPPED_SHARE * scale.machine_gb * 1e9))
     machines = math.ceil(workers / scale.machine_workers)

@@ -1,5 +1,6 @@
-"""The stages after training: build, totals, catalog and merge, each a task over plain files of the store."""
+"""The stages after `build`: totals, catalog and merge, each a task over plain files of the store."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,113 +12,21 @@ from safetensors.numpy import load as load_safetensors
 from cbir.artifacts import Done, StoredFile, read_part
 from cbir.collection import Place
 from cbir.errors import DataError
-from cbir.index.dense import exact_search
 from cbir.layout import IDS_SCHEMA, FeatureFile, IdMap
-from cbir.queries import encode_all
 from cbir.spec import fingerprint
-from cbir.types import FEATURES_SCHEMA, FeatureBatch, Hits
-from pipelines.tables import open_parquet, read_features, read_range, sorted_table, write_parquet
+from cbir.types import FEATURES_SCHEMA, FeatureBatch
+from pipelines.known import digests_of
+from pipelines.tables import on_disk, read_range, sorted_table, write_parquet
 from pipelines.training import Trained, added_up, packed
 from pipelines.work import ChannelWork, Task, Worker
 
 __all__ = [
-    "BuildTask",
     "CatalogTask",
     "Extracted",
     "MergeTask",
     "PublishFeaturesTask",
     "TotalsTask",
-    "probe_hits",
 ]
-
-PROBE_DEPTH = 101
-"""A hundred neighbours and the probe itself."""
-
-
-@dataclass(frozen=True)
-class BuildTask(Task):
-    """Encode the features of one shard into index entries; on the way, compare them with the probes exactly."""
-
-    stage: ClassVar[str] = "build"
-    work: ChannelWork
-    features: Done
-    train: Done
-
-    @classmethod
-    def of(cls, work: ChannelWork, features: Done, train: Done) -> "BuildTask":
-        """The task of one shard."""
-        identity = fingerprint("build", features.fingerprint, train.fingerprint, work.channel.keep_signatures)
-        return cls(f"entries [{work.name}]", identity, work, features, train)
-
-    @property
-    def weight(self) -> int:
-        """Features to encode."""
-        return self.features.counts["features"]
-
-    def run(self, worker: Worker) -> Done:
-        """Stream the features through the encoders."""
-        trained = worker.cached(self.train.fingerprint, lambda: Trained.restore(worker, self.work, self.train))
-        spec = trained.spec
-        entries: list[pa.Table] = []
-        exact: list[Hits] = []
-        signatures: list[pa.RecordBatch] = []
-        for features in self._features(worker):
-            with worker.timer.phase("device"):
-                encoded = encode_all(trained.encoders, features)
-                entries.append(trained.index.entries(encoded))
-                if len(trained.probes) and not spec.local:
-                    exact.append(exact_search(trained.probes, encoded, spec.metric, PROBE_DEPTH))
-                if self.work.channel.keep_signatures:
-                    signatures.append(trained.index.signatures(encoded).to_arrow())
-        table = sorted_table(pa.concat_tables(entries))
-        path, probes = worker.scratch("entries.parquet"), worker.scratch("probes.parquet")
-        with worker.timer.phase("write"):
-            write_parquet(path, table, row_bytes=table.nbytes // max(table.num_rows, 1))
-            write_parquet(probes, _hits_table(Hits.merge(exact, PROBE_DEPTH) if exact else _NO_HITS))
-        facts = {"entry_bytes": table.num_rows * spec.entry_bytes(self.train.facts["dim"])}
-        files = [self.put(worker, "entries", path, "parquet"), self.put(worker, "probe_hits", probes, "parquet")]
-        if spec.has_statistics:
-            files.append(self.put(worker, "statistics", packed(trained.index.statistics(table)), "safetensors"))
-        if self.work.channel.keep_signatures:
-            facts["signature_bytes"] = sum(batch.nbytes for batch in signatures)
-            files.append(self._put_signatures(worker, signatures))
-        counts = {"images": self.features.counts["indexed"], "vectors": table.num_rows}
-        return self.finish(worker, files, counts, facts)
-
-    def _put_signatures(self, worker: Worker, batches: Sequence[pa.RecordBatch]) -> StoredFile:
-        table, path = pa.Table.from_batches(batches), worker.scratch("signatures.parquet")
-        with worker.timer.phase("write"):
-            write_parquet(path, table, row_bytes=table.nbytes // max(table.num_rows, 1))
-        return self.put(worker, "signatures", path, "parquet")
-
-    def _features(self, worker: Worker) -> Iterator[FeatureBatch]:
-        batches = read_features(worker.store, self.features)
-        while True:
-            with worker.timer.phase("read"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-
-_NO_HITS = Hits(np.empty((0, 0), np.int64), np.empty((0, 0), np.float32))
-
-
-def _hits_table(hits: Hits) -> pa.Table:
-    query = np.repeat(np.arange(len(hits)), hits.image_ids.shape[1])
-    return pa.table({"query": query, "image_id": hits.image_ids.ravel(), "score": hits.scores.ravel()})
-
-
-def probe_hits(worker: Worker, builds: Sequence[Done], num_probes: int) -> Hits:
-    """The exact neighbours of the probes over all shards, from what every `build` found in its own."""
-    if not num_probes:
-        return _NO_HITS
-    parts = []
-    for build in builds:
-        table = open_parquet(worker.store, build.file("probe_hits")).read()
-        ids, scores = table.column("image_id").to_numpy(), table.column("score").to_numpy()
-        parts.append(Hits(ids.reshape(num_probes, -1), scores.reshape(num_probes, -1)))
-    return Hits.merge(parts, PROBE_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -150,7 +59,10 @@ class Extracted:
 
 @dataclass(frozen=True)
 class CatalogTask(Task):
-    """The id map and the quarantine ledger of one partition; finds keys that stand twice."""
+    """The id map and the quarantine ledger of one partition; finds keys that stand twice.
+
+    `contents`, a fact of its record, identifies by channel which images with which bytes have features here.
+    """
 
     stage: ClassVar[str] = "catalog"
     low: int
@@ -168,11 +80,13 @@ class CatalogTask(Task):
     def run(self, worker: Worker) -> Done:
         """Read the id columns of every shard in this range."""
         with worker.timer.phase("read"):
-            rows = [self._read(worker, part.done.file("features"), IDS_SCHEMA.names) for part in self.extracted]
+            rows = self._rows(worker)
             ledgers = [self._read(worker, part.done.file("quarantine")) for part in self.extracted]
+        contents = {}
         for channel in {part.channel for part in self.extracted}:
             mine = [n for n, part in enumerate(self.extracted) if part.channel == channel]
             _refuse_duplicates([rows[n] for n in mine], [ledgers[n] for n in mine], self.sources)
+            contents[channel] = _content_of(pa.concat_tables(rows[n] for n in mine))
         ids = _distinct(sorted_table(pa.concat_tables(rows)))
         quarantine = sorted_table(pa.concat_tables(ledgers))
         lost = np.setdiff1d(quarantine.column("image_id").to_numpy(), ids.column("image_id").to_numpy())
@@ -183,7 +97,22 @@ class CatalogTask(Task):
             self.put(worker, "ids", ids_path, "arrow"),
             self.put(worker, "quarantine", quarantine_path, "parquet"),
         ]
-        return self.finish(worker, files, {"indexed": ids.num_rows, "quarantined": len(lost)})
+        counts = {"indexed": ids.num_rows, "quarantined": len(lost)}
+        return self.finish(worker, files, counts, {"contents": contents})
+
+    def _rows(self, worker: Worker) -> list[pa.Table]:
+        """The rows of the id map of every shard and channel; they lie on the disk."""
+        found = (self._read(worker, part.done.file("features"), IDS_SCHEMA.names) for part in self.extracted)
+        sizes: list[int] = []
+
+        def counted() -> Iterator[pa.Table]:
+            for table in found:
+                sizes.append(table.num_rows)
+                yield table
+
+        whole = on_disk(worker.scratch("rows.arrow"), counted())
+        starts = np.cumsum([0, *sizes])[:-1].tolist()
+        return [whole.slice(start, size) for start, size in zip(starts, sizes, strict=True)]
 
     def _read(self, worker: Worker, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
         return read_range(worker.store, file, self.low, self.high, columns)
@@ -191,8 +120,15 @@ class CatalogTask(Task):
 
 def _distinct(table: pa.Table) -> pa.Table:
     """The first of the rows with the same id, which is the same image seen by several channels."""
-    ids = table.column("image_id").to_numpy()
-    return table.filter(pa.array(np.diff(ids, prepend=-1) != 0))
+    is_first = np.diff(table.column("image_id").to_numpy(), prepend=-1) != 0
+    return table if is_first.all() else table.filter(pa.array(is_first))
+
+
+def _content_of(rows: pa.Table) -> str:
+    """What identifies a set of images and their bytes, wherever they lie."""
+    ids, digests = rows.column("image_id").to_numpy(), digests_of(rows)
+    order = np.argsort(ids)
+    return hashlib.sha256(ids[order].tobytes() + digests[order].tobytes()).hexdigest()
 
 
 def _refuse_duplicates(rows: Sequence[pa.Table], ledgers: Sequence[pa.Table], sources: Sequence[str]) -> None:
@@ -222,7 +158,11 @@ def _describe(indexed: pa.Table, ledgers: Sequence[pa.Table], sources: Sequence[
 
 @dataclass(frozen=True)
 class MergeTask(Task):
-    """One file of the index of one partition and channel, from the entries of every shard."""
+    """One file of the index of one partition and channel, from the entries of every shard.
+
+    It is identified by what lies in the partition, and not by the shards: other shards, or changes in other
+    partitions, leave it as it is.
+    """
 
     stage: ClassVar[str] = "merge"
     low: int
@@ -242,10 +182,14 @@ class MergeTask(Task):
         train: Done,
         builds: Sequence[Done],
         totals: Done | None,
+        content: str,
     ) -> "MergeTask":
-        """The task of one range of ids and one of the `IndexSpec.pieces` of its index."""
-        parts = sorted(done.fingerprint for done in builds)
-        identity = fingerprint("merge", bounds, piece, train.fingerprint, parts)
+        """The task of one range of ids and one of the `IndexSpec.pieces` of its index.
+
+        `content` identifies the features of the images in this range.
+        """
+        counted = totals.file("totals").sha256 if totals else ""
+        identity = fingerprint("merge", bounds, piece, train.fingerprint, content, counted)
         name = f"partition {bounds[0]:016x} [{work.name}]" + (f" part {piece}" if piece else "")
         return cls(name, identity, *bounds, piece, work, train, tuple(builds), totals)
 
@@ -255,12 +199,13 @@ class MergeTask(Task):
         with worker.timer.phase("read"):
             parts = (done.file("entries") for done in self.builds)
             tables = (read_range(worker.store, part, self.low, self.high) for part in parts)
-            entries = pa.concat_tables([trained.index.piece(table, self.piece) for table in tables])
+            entries = on_disk(worker.scratch("entries.arrow"), (trained.index.piece(t, self.piece) for t in tables))
             totals = load_safetensors(read_part(worker.store, self.totals.file("totals"))) if self.totals else None
         path = worker.scratch(f"index.{self.work.channel.index.suffix}")
         with worker.timer.phase("device"):
             trained.index.build(entries, totals).save(path)
         files = [self.put(worker, "index", path, self.work.channel.index.suffix)]
+        worker.scratch("entries.arrow").unlink()
         return self.finish(worker, files, {"vectors": entries.num_rows})
 
 
@@ -281,9 +226,13 @@ class PublishFeaturesTask(Task):
         work: ChannelWork,
         role: Literal["features", "signatures"],
         sources: Sequence[Done],
+        content: str,
     ) -> "PublishFeaturesTask":
-        """The task of one range of ids; `sources` have a Parquet file of that role each."""
-        identity = fingerprint("publish features", bounds, role, sorted(done.fingerprint for done in sources))
+        """The task of one range of ids; `sources` have a Parquet file of that role each.
+
+        `content` identifies the rows of that role in this range.
+        """
+        identity = fingerprint("publish features", bounds, role, content)
         return cls(f"{role} {bounds[0]:016x} [{work.name}]", identity, *bounds, role, tuple(sources))
 
     def run(self, worker: Worker) -> Done:

@@ -4,7 +4,8 @@ Sorted files let a reader of an id range (a partition) skip the row groups that 
 partitions than row groups in a shard, a merge over all partitions reads every byte about once.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from cbir.types import FEATURES_SCHEMA, FeatureBatch, Int64s
 __all__ = [
     "QUARANTINE_SCHEMA",
     "ShardWriter",
+    "on_disk",
     "open_parquet",
+    "parquet_bytes",
     "parquet_writer",
     "read_features",
     "read_range",
@@ -61,6 +64,28 @@ def write_parquet(path: Path, table: pa.Table, row_bytes: int = 64) -> None:
         writer.write_table(table, row_group_size=max(1, min(_ROW_GROUP_BYTES // max(row_bytes, 1), 1 << 20)))
 
 
+def on_disk(path: Path, tables: Iterable[pa.Table]) -> pa.Table:
+    """At least one table, one after the other in a mapped file, so that memory holds one of them at a time.
+
+    The file may be deleted while the result is in use.
+    """
+    writer: pa.RecordBatchFileWriter | None = None
+    with contextlib.ExitStack() as opened:
+        for table in tables:
+            if writer is None:
+                sink = opened.enter_context(pa.OSFile(str(path), "wb"))
+                writer = opened.enter_context(pa.ipc.new_file(sink, table.schema))
+            writer.write_table(table)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A small table as the bytes of a Parquet file; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
 def sorted_table(table: pa.Table) -> pa.Table:
     """The rows by rising image id."""
     return table.take(pc.sort_indices(table, [("image_id", "ascending")])).combine_chunks()
@@ -94,7 +119,7 @@ class ShardWriter:
         self._sink.close()
         ids = pa.concat_tables(self._ids)
         order = pc.sort_indices(ids, [("image_id", "ascending")])
-        features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
+        features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all().combine_chunks()  # once, not by `take`
         own = [field for field in FEATURES_SCHEMA if field.name not in IDS_SCHEMA.names]
         schema = pa.schema([*IDS_SCHEMA, *own], metadata=features.schema.metadata)
         images = max(1, ids.num_rows)

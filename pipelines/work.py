@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,11 +54,14 @@ class Timer:
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker tells the driver about a finished task."""
+    """What a worker tells the driver about a finished task; its processor time is without that of child processes."""
 
     done: Done
     seconds: Mapping[str, float]
     wall_s: float = 0.0
+    tally: Mapping[str, int] = field(default_factory=dict)
+    """What it took, where the record cannot tell: images `described`, and images `recalled` from an earlier version."""
+    processor_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Worker:
         self.store: Store = open_store(store_uri)
         self.device = device
         self.timer = Timer()
+        self.tally: Counter[str] = Counter()
         _remove_scratch_of_the_dead()
         self._scratch = tempfile.TemporaryDirectory(prefix=f"cbir-{os.getpid()}-")
         self._cache: dict[Hashable, object] = {}
@@ -83,7 +88,8 @@ class Worker:
 
     def do(self, task: "Task") -> Report:
         """Do a task, unless its record says that it is done; an expected error comes with the name of the task."""
-        self.timer, start = Timer(), time.perf_counter()
+        self.timer, self.tally = Timer(), Counter()
+        start, processor = time.perf_counter(), time.process_time()
         try:
             done = find_done(self.store, task.stage, task.fingerprint) or task.run(self)
         except CbirError as error:
@@ -95,7 +101,8 @@ class Worker:
                 f"{task.stage} {task.name}: no space is left for temporary files in {self._scratch.name} "
                 f"({os.strerror(error.errno)}); free some, or set TMPDIR to a larger folder, and run again"
             ) from error
-        return Report(done, self.timer.seconds, time.perf_counter() - start)
+        wall_s, processor_s = time.perf_counter() - start, time.process_time() - processor
+        return Report(done, self.timer.seconds, wall_s, dict(self.tally), processor_s)
 
     def describer(self, work: "ChannelWork") -> Describer:
         """The working extractor, mask and proposer of a channel, built at their first use in this process."""

@@ -14,7 +14,8 @@ from cbir.search import searcher_of
 from cbir.storage import Store, open_store
 from cbir.verification import check_counts, check_files, forget_damaged
 from cbir.versions import Manifest, Versions
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
+from pipelines.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def built(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Temp
     """A store with one version of three partitions, which no test changes."""
     root = tmp_path_factory.mktemp("whole") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: 3)
+        patch.setattr(Run, "_num_partitions", lambda *_: 3)
         index(parse_config(settings(store=str(root)), "the test"))
     return root
 

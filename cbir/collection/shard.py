@@ -58,11 +58,19 @@ class ImageShard:
     objects: tuple[ObjectInfo, ...]
     columns: tuple[str, ...] = ()
     num_images: int | None = None
+    content: str = ""
+    """What identifies its images where they were found to be others than size and tags of the objects tell."""
 
     @property
     def fingerprint(self) -> str:
         """Changes with the content, and not when the whole collection moves to another root."""
-        return fingerprint("image shard", self.kind, [astuple(info) for info in self.objects], self.columns)
+        listed = self.kind, [astuple(info) for info in self.objects], self.columns
+        return fingerprint("image shard", *listed, *([self.content] if self.content else []))
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What two shards of different listings have in common if nothing changed."""
+        return self.source, self.name, self.fingerprint
 
     @property
     def num_bytes(self) -> int:
@@ -79,6 +87,7 @@ class ImageShard:
             "objects": [list(astuple(info)) for info in self.objects],
             "columns": list(self.columns),
             "num_images": self.num_images,
+            "content": self.content,
         }
 
     @classmethod

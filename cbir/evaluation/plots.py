@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from cbir.evaluation.comparison import Row
 from cbir.evaluation.metrics import Quality
 
-__all__ = ["quality_plots", "size_plot"]
+__all__ = ["drift_plot", "quality_plots", "size_plot"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,12 @@ def size_plot(methods: Sequence[Row]) -> bytes:
     """SVG: mAP by bytes of an image in the index, with a line through the methods that no smaller one equals."""
     with mpl.rc_context(STYLE):
         return _svg(_sizes, methods, (9.2, 5.2))
+
+
+def drift_plot(errors: Mapping[str, Sequence[float]]) -> bytes:
+    """SVG: quantiles of squared distances to the nearest list or word, a line for each name."""
+    with mpl.rc_context(STYLE):
+        return _svg(_drift, errors)
 
 
 def _svg(draw: Callable[[Axes, T], None], shown: T, size: tuple[float, float] = (4.6, 2.9)) -> bytes:
@@ -108,6 +114,14 @@ def _first_hits(axes: Axes, quality: Quality) -> None:
     axes.tick_params(axis="x", labelsize=8, rotation=35 if len(names) > 6 else 0)
     axes.margins(y=0.15)
     axes.set(xlabel="rank of the first positive", ylabel="queries")
+
+
+def _drift(axes: Axes, errors: Mapping[str, Sequence[float]]) -> None:
+    for (name, values), colour in zip(errors.items(), itertools.cycle((INK, ACCENT)), strict=False):
+        shares = np.linspace(0, 1, len(values))
+        axes.plot(values, shares, color=colour, label=name)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set(xlabel="squared distance to list or word", ylabel="share of the features", ylim=(0, 1.03))
 
 
 def _sizes(axes: Axes, methods: Sequence[Row]) -> None:

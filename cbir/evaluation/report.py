@@ -11,11 +11,13 @@ from cbir.evaluation.metrics import Quality
 from cbir.evaluation.page import data_uri, write_page
 
 __all__ = [
+    "ChannelDecision",
     "Counts",
     "IndexChoice",
     "QuarantineRow",
     "Report",
     "SearchFigures",
+    "Since",
     "StageRow",
     "TrialRow",
     "write_report",
@@ -81,6 +83,26 @@ class IndexChoice:
 
 
 @dataclass(frozen=True)
+class ChannelDecision:
+    """What a re-index did about the codebooks of a channel, and why; `errors` are the quantiles, in tenths, of squared
+    distances to list or word, by which images they are of."""
+
+    channel: str
+    choice: str
+    reason: str
+    errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Since:
+    """What changed since the version before: images by what became of them, and a decision for each channel."""
+
+    version: int
+    images: Mapping[str, int]
+    decisions: Sequence[ChannelDecision]
+
+
+@dataclass(frozen=True)
 class SearchFigures:
     """What a query costs in milliseconds, and an image in bytes of the index."""
 
@@ -102,6 +124,7 @@ class Report:
     created: str = ""
     configuration: str = ""
     counts: Counts | None = None
+    since: Since | None = None
     stages: Sequence[StageRow] = ()
     quarantine: Sequence[QuarantineRow] = ()
     quality: Quality | None = None
@@ -119,6 +142,7 @@ class Report:
             "created": self.created,
             "configuration": self.configuration,
             "counts": self.counts and asdict(self.counts),
+            "since": self.since and asdict(self.since),
             "stages": [{**asdict(row), "shares": dict(row.shares)} for row in self.stages],
             "quarantine": [{**asdict(row), "examples": list(row.examples)} for row in self.quarantine],
             "quality": self.quality and self.quality.to_json(per_query=True),
@@ -145,6 +169,7 @@ def write_report(folder: Path, report: Report) -> Path:
         report=report,
         quality=report.quality and report.quality.to_json(),
         plots=_plots(report.quality) if report.quality else {},
+        drifts=_drifts(report.since) if report.since else {},
         cases=_cases(report.gallery) if report.gallery else [],
     )
     return page
@@ -154,6 +179,13 @@ def _plots(quality: Quality) -> dict[str, str | None]:
     from cbir.evaluation.plots import quality_plots
 
     return {caption: data_uri(svg, "image/svg+xml") for caption, svg in quality_plots(quality).items()}
+
+
+def _drifts(since: Since) -> dict[str, str | None]:
+    from cbir.evaluation.plots import drift_plot
+
+    measured = {decision.channel: decision.errors for decision in since.decisions if decision.errors}
+    return {channel: data_uri(drift_plot(errors), "image/svg+xml") for channel, errors in measured.items()}
 
 
 def _cases(gallery: Gallery) -> list[dict[str, Any]]:

@@ -128,7 +128,8 @@ def rehearse(folder: Path, num_images: int, source: Postings, index: InvertedInd
     start = time.perf_counter()
     totals = worker.do(TotalsTask.of(work, builds)).done
     bounds = partition_bounds(max(1, num_images // PARTITION_IMAGES))
-    merges = [worker.do(MergeTask.of(bound, 0, work, train, builds, totals)).done for bound in bounds]
+    tasks = [MergeTask.of(bound, 0, work, train, builds, totals, f"{num_images} images") for bound in bounds]
+    merges = [worker.do(task).done for task in tasks]
     merge_s = time.perf_counter() - start
     files = [done.file("index") for done in merges]
     partitions = [index.spec.load(worker.fetch(part.key, part.sha256)) for part in files]

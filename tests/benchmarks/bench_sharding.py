@@ -25,7 +25,8 @@ from cbir.index.index import SearchIndex
 from cbir.layout import IDS_SCHEMA, partition_bounds
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, Floats, Hits, Int64s, image_id
-from pipelines.stages import BuildTask, MergeTask
+from pipelines.build import BuildTask
+from pipelines.stages import MergeTask
 from pipelines.tables import ShardWriter
 from pipelines.training import SampleTask, TrainTask
 from pipelines.work import ChannelWork, Worker, limit_threads
@@ -113,14 +114,16 @@ def build(
     samples = [worker.do(task).done for task in drawing]
     train = worker.do(TrainTask.of(work, drawing, samples, SEED, 10)).done
     builds = [worker.do(BuildTask.of(work, done, train)).done for done in shards]
-    tasks = [MergeTask.of(bounds, 0, work, train, builds, None) for bounds in partition_bounds(num_partitions)]
+    content = fingerprint([done.fingerprint for done in builds])
+    bounds = partition_bounds(num_partitions)
+    tasks = [MergeTask.of(bound, 0, work, train, builds, None, content) for bound in bounds]
     return _opened(worker, work, train, builds, tasks)
 
 
 def unmerged(worker: Worker, work: ChannelWork, whole: BuiltIndex) -> BuiltIndex:
     """The same entries, but every build shard stays an index of its own."""
     (bounds,) = partition_bounds(1)
-    tasks = [MergeTask.of(bounds, 0, work, whole.train, [done], None) for done in whole.builds]
+    tasks = [MergeTask.of(bounds, 0, work, whole.train, [done], None, done.fingerprint) for done in whole.builds]
     return _opened(worker, work, whole.train, whole.builds, tasks)
 
 

@@ -11,17 +11,24 @@ from cbir.evaluation.gallery import Gallery, choose_cases
 from cbir.evaluation.ground_truth import GroundTruth, GroundTruthQuery
 from cbir.evaluation.metrics import evaluate
 from cbir.evaluation.report import (
+    ChannelDecision,
     Counts,
     IndexChoice,
     QuarantineRow,
     Report,
     SearchFigures,
+    Since,
     StageRow,
     TrialRow,
     write_report,
 )
 
 HOSTILE = '<script>alert("x")</script>&.jpg'
+
+
+def drifted() -> ChannelDecision:
+    errors = {"trained on": [0.1, 0.2, 0.4], "new": [0.2, 0.5, 0.9]}
+    return ChannelDecision("global", "retrain", f"quantisation error 1.41 {HOSTILE}", errors)
 
 
 def full_report() -> Report:
@@ -36,6 +43,9 @@ def full_report() -> Report:
         created="yesterday at noon",
         configuration=f"images: {HOSTILE}",
         counts=Counts(1_234_567, 1_234_560, 7, 99_000, 16, 5_300_000_000),
+        since=Since(
+            11, {"added": 41, "deleted": 5}, [drifted(), ChannelDecision("flat", "append", "nothing is trained")]
+        ),
         stages=[StageRow("extract", 40, 3, 3725.0, 331.5, {"read": 0.25, "device": 0.745, "write": 0.005})],
         quarantine=[QuarantineRow("truncated", 7, (f"broken/{HOSTILE}",))],
         quality=quality,
@@ -88,6 +98,8 @@ def test_every_figure_is_on_the_page(written: Path):
     ):
         assert figure in text
     for figure in ("12.3 ms", "40.2 ms", "64 B", "0.990", "0.875", "truncated", "1 right answers are not in the index"):
+        assert figure in text
+    for figure in ("Since version 11", "images added", "global: retrain. quantisation error 1.41", "flat: append."):
         assert figure in text
     for figure in ("Choice of the index", "ivfpqchosen", "0.912", "1.200", "200 images of the sample"):
         assert figure in text

@@ -24,7 +24,8 @@ from cbir.features.roi import Roi, pyramid_level
 from cbir.index.flat import Flat
 from cbir.types import FeatureBatch, Floats, ImageBatch, Pixels, Regions
 from pipelines.extract import ExtractTask
-from pipelines.indexing import index, plan
+from pipelines.indexing import index
+from pipelines.plans import plan
 from pipelines.work import Asset, ChannelWork
 from tests.features.scenes import scene
 

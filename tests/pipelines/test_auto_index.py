@@ -19,8 +19,9 @@ from cbir.types import Floats, image_id
 from cbir.versions import Manifest
 from pipelines.cli import _print_quality
 from pipelines.export import export
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
 from pipelines.reporting import write_evaluation
+from pipelines.run import Run
 
 NUM, DIM = 900, 32
 VECTORS: Floats = np.random.default_rng(0).normal(size=(NUM, DIM)).astype(np.float32)
@@ -59,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Manifest]:
 
 def built_in_two_partitions(config: Config) -> Manifest:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: 2)
+        patch.setattr(Run, "_num_partitions", lambda *_: 2)
         return index(config)
 
 

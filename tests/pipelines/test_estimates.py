@@ -16,7 +16,8 @@ from cbir.types import FeatureBatch
 from cbir.versions import Versions
 from pipelines import estimates
 from pipelines.estimates import Estimate, estimate
-from pipelines.indexing import index, plan
+from pipelines.indexing import index
+from pipelines.plans import plan
 from tests.collection_forms import write_tar
 from tests.conftest import PROJECT
 

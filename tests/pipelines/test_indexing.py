@@ -13,7 +13,8 @@ from cbir.errors import ArtifactError, DataError
 from cbir.storage import open_store
 from cbir.types import image_id
 from cbir.versions import Versions
-from pipelines.indexing import Silent, index
+from pipelines.indexing import index
+from pipelines.run import Silent
 from pipelines.work import Report, Task
 
 ConfigOf = Callable[..., Config]

@@ -15,9 +15,10 @@ from cbir.layout import Layout
 from cbir.types import image_id
 from cbir.versions import Manifest
 from pipelines.estimates import estimate
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
 from pipelines.query_pool import QueryPool
 from pipelines.reporting import write_search
+from pipelines.run import Run
 
 CHANNEL = {
     "extractor": {"name": "sift", "max_features": 200},
@@ -83,7 +84,7 @@ def test_inter_image_burstiness_is_the_same_over_partitions_and_in_a_pool(
 ) -> None:
     query, found = pictures["object5/view2.jpg"], []
     for number, burst in ((1, "both"), (3, "both"), (1, "none")):
-        monkeypatch.setattr(_Run, "_num_partitions", lambda *_, number=number: number)
+        monkeypatch.setattr(Run, "_num_partitions", lambda *_, number=number: number)
         he = {"name": "he", "words": 64, "bits": 64, "query_assignments": 2, "burst": burst}
         store = str(tmp_path / f"{burst}{number}")
         index(parse_config(settings(store=store, channels={"local": {**CHANNEL, "index": he}}, search={}), "the test"))

@@ -18,7 +18,8 @@ from cbir.storage import open_store
 from cbir.types import FeatureBatch, ImageBatch
 from pipelines.estimates import estimate
 from pipelines.extract import ExtractTask
-from pipelines.indexing import index, plan
+from pipelines.indexing import index
+from pipelines.plans import plan
 from pipelines.work import Asset, ChannelWork
 from tests.features.lively import lively
 

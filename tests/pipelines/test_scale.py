@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from cbir.config import Config
+from cbir.layout import ID_BYTES
 from pipelines.estimates import estimate
 from pipelines.scale import MAPPED_SHARE, Scale, at_scale
 
@@ -32,7 +33,7 @@ def test_partitions_and_the_pool_hold_what_is_published(config: ConfigOf) -> Non
     found = estimate(settings)
     (trial,) = found.trials.values()
     (channel,) = settings.channels.values()
-    image = trial.entry_bytes + (trial.feature_bytes if channel.keep_features else 0)
+    image = ID_BYTES + trial.entry_bytes + (trial.feature_bytes if channel.keep_features else 0)
     lines = {line.what: line.value for line in at_scale(settings, found, Scale(10**7, machine_gb=8))}
     assert int(lines["partitions"].replace(",", "")) == -(-(10**7) * image // 500e6)
     assert int(lines["machines of the query pool"].replace(",", "")) == -(-(10**7) * image // (MAPPED_SHARE * 8e9))

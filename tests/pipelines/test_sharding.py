@@ -133,7 +133,7 @@ def test_partitions_answer_like_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipelines.indexing._Run._num_partitions", lambda *_: 5)
+    monkeypatch.setattr("pipelines.run.Run._num_partitions", lambda *_: 5)
     settings = config(**SETTINGS, **ARRANGEMENTS["7 tars, class-sorted"](tmp_path / "images", pictures))
     found = outcome(index(settings), settings, pictures)
     assert len(found["partitions"]) == 5
@@ -197,7 +197,7 @@ def test_a_large_codebook_is_trained_in_rounds_that_shards_and_workers_do_not_ch
     channel = {"extractor": SIFT, "encoders": [{"name": "rootsift"}], "index": index_of_words}
     found = []
     for number, part in enumerate((10**6, 300, 1)):
-        monkeypatch.setattr("pipelines.indexing._PART_FEATURES", part)
+        monkeypatch.setattr("pipelines.run._PART_FEATURES", part)
         arrange = shards(write_tar, "tar", 1 + 6 * number, shuffled=number > 1)
         images = arrange(tmp_path / f"images{number}", pictures)
         data = settings(store=str(tmp_path / f"store{number}"), channels={"local": channel}, search={}, **images)

@@ -11,7 +11,7 @@ from cbir.artifacts import Done
 from cbir.config import Channel
 from cbir.errors import DataError
 from cbir.types import FEATURES_SCHEMA, FeatureBatch
-from pipelines.stages import BuildTask
+from pipelines.build import BuildTask
 from pipelines.tables import open_parquet, read_features
 from pipelines.training import SampleTask, TrainTask, seeded_uniform
 from pipelines.work import ChannelWork, Worker

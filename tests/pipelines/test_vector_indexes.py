@@ -13,7 +13,8 @@ from cbir.config import Config, parse_config
 from cbir.storage import open_store
 from cbir.versions import Manifest, Versions
 from pipelines.export import export
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
+from pipelines.run import Run
 
 INDEXES = {
     "pq": {"name": "pq", "bytes": 8, "bits": 4},
@@ -47,7 +48,7 @@ def built(settings: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Temp
         settings(store=store, channels=channels, search={"fuse": {"name": "late"}}, evaluate={"probes": 10}), "the test"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: 3)
+        patch.setattr(Run, "_num_partitions", lambda *_: 3)
         return config, index(config)
 
 
