@@ -6,17 +6,21 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from cbir.errors import ConfigError
-from pipelines import maintenance
+from pipelines import logs, maintenance
 from pipelines.bench_query import bench_query
+from pipelines.compare import compare
+from pipelines.deletion import delete
 from pipelines.evaluate import evaluate
+from pipelines.history import runs
 from pipelines.serve import serve
-from pipelines.terminal import Commands, IndexOrConfig, VersionOption, err, open_searcher, out, store_of
+from pipelines.terminal import Commands, IndexOrConfig, VersionOption, err, open_searcher, out, printable, store_of
+from pipelines.watching import MetricsFileOption, MetricsPortOption, display, watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
     from cbir.config import Config
     from cbir.queries import Box
     from cbir.search import Result
+    from cbir.versions import Manifest
     from pipelines.estimates import Line
+    from pipelines.runs import WatchedRun
 
 __all__ = ["app", "main"]
 
@@ -57,9 +63,29 @@ Images = Annotated[
 ]
 StoreOption = Annotated[str | None, typer.Option("--store", help="Use this store instead of the YAML's.")]
 Workers = Annotated[int | None, typer.Option("--workers", min=0, help="Worker processes; 0 works in this process.")]
+Hold = Annotated[
+    bool,
+    typer.Option(
+        "--hold",
+        help="Leave readers where they are: look at the new version with `cbir compare`, switch with `cbir rollback`.",
+    ),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override any key: --set sample.images=1000.")
 ]
+
+
+@app.callback()
+def _common(
+    ctx: typer.Context,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option("--log-format", envvar="CBIR_LOG_FORMAT", help="json: one object a line on the error stream."),
+    ] = "text",
+) -> None:
+    """What holds for every command."""
+    if log_format == "json":
+        ctx.call_on_close(logs.log_json())
 
 
 def _config(
@@ -121,33 +147,95 @@ def index(
     store: StoreOption = None,
     workers: Workers = None,
     sets: Set = None,
+    hold: Hold = False,
     report: Annotated[Path | None, typer.Option("--report", help="Write report.html into this folder.")] = None,
+    metrics_file: MetricsFileOption = None,
+    metrics_port: MetricsPortOption = None,
 ) -> None:
     """Build an index and publish it as a new version; after an interruption, go on where it stopped.
 
-    Only missing work is done: running the same command twice publishes once.
+    Only missing work is done: running the same command twice publishes once. `cbir runs` lists what was run.
 
     Example: `cbir index configs/quickstart.yaml --images ~/Pictures --store my-index`
+
+    Example: `cbir index configs/cluster.yaml --metrics-file /var/lib/node_exporter/textfile/cbir.prom`
     """
     from pipelines.indexing import index as run_index
-    from pipelines.progress import RunProgress
 
     settings = _config(config, images, store, workers, sets)
-    with RunProgress(err) as progress:
-        manifest = run_index(settings, progress)
+    with watched("index", settings, metrics_file, metrics_port) as run:
+        manifest = run_index(settings, run, hold=hold)
+        run.published(manifest)
+    _print_version(settings, manifest)
+    _write_report(report, settings, manifest, run)
+
+
+def _print_version(settings: "Config", manifest: "Manifest") -> None:
     counts = manifest.counts
     out.print(
         f"version {manifest.version} of {settings.store}: {counts['indexed']:,} images indexed, "
         f"{counts['quarantined']:,} quarantined, {counts['partitions']} partition(s)"
     )
     _print_quality(manifest.quality)
-    if report is not None:
-        from cbir.search import open_version
-        from cbir.storage import open_store
-        from pipelines.reporting import write_evaluation
 
-        searcher = open_version(settings.store, manifest.version)
-        out.print(str(write_evaluation(report, open_store(settings.store), searcher, None, progress.stages)))
+
+def _write_report(folder: Path | None, settings: "Config", manifest: "Manifest", run: "WatchedRun") -> None:
+    if folder is None:
+        return
+    from cbir.search import open_version
+    from cbir.storage import open_store
+    from pipelines.reporting import write_evaluation
+
+    searcher = open_version(settings.store, manifest.version)
+    out.print(str(write_evaluation(folder, open_store(settings.store), searcher, None, run.stages)))
+
+
+@app.command()
+def reindex(
+    config: ConfigFile,
+    images: Images = None,
+    store: StoreOption = None,
+    workers: Workers = None,
+    sets: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what changed, from listings; read no image, write nothing.")
+    ] = False,
+    verify_bytes: Annotated[
+        bool, typer.Option("--verify-bytes", help="Also read what seems unchanged, and compare its bytes.")
+    ] = False,
+    hold: Hold = False,
+    report: Annotated[Path | None, typer.Option("--report", help="Write report.html into this folder.")] = None,
+    metrics_file: MetricsFileOption = None,
+    metrics_port: MetricsPortOption = None,
+) -> None:
+    """Bring an index up to date at the price of what changed; the first time, build it. For every night.
+
+    Images that are new or have changed are extracted, whatever shards they lie in now; what was deleted is gone from
+    the results; ids stay. Codebooks are kept while they suit the new images (`reindex` in the YAML has the limits) and
+    trained again, on the stored features, when they do not.
+
+    Example: `cbir reindex configs/cluster.yaml --dry-run`
+
+    Example: `cbir reindex configs/cluster.yaml --set reindex.retrain=always`
+    """
+    from pipelines.reindex import preview
+    from pipelines.reindex import reindex as run_reindex
+
+    settings = _config(config, images, store, workers, sets)
+    if dry_run:
+        for line in preview(settings):
+            out.print(line, soft_wrap=True)
+        return
+    with watched("reindex", settings, metrics_file, metrics_port) as run:
+        done = run_reindex(settings, run, verify_bytes=verify_bytes, hold=hold)
+        run.published(done.manifest)
+        run.counted(**done.images)
+        for name, decision in done.decisions.items():
+            run.decided(name, decision.choice, **decision.figures)
+    for line in done.lines():
+        out.print(line, soft_wrap=True)
+    _print_version(settings, done.manifest)
+    _write_report(report, settings, done.manifest, run)
 
 
 @app.command()
@@ -172,10 +260,9 @@ def extract(
     """
     from pipelines.feature_files import write_features
     from pipelines.indexing import extract as run_extract
-    from pipelines.progress import RunProgress
 
     settings = _config(config, images, store, workers, sets)
-    with RunProgress(err) as progress:
+    with display() as progress:
         extracted = run_extract(settings, progress)
     for channel, counts in write_features(settings, extracted, target, npy=npy).items():
         out.print(
@@ -246,10 +333,10 @@ def _print_results(results: "list[Result]", as_json: bool) -> None:
             print(json.dumps({"key": result.key, "score": result.score, "channels": dict(result.channels)}))
         return
     for rank, result in enumerate(results, start=1):
-        out.print(f"{rank:>4}  {result.score:9.4f}  {result.key}", soft_wrap=True)
+        out.print(f"{rank:>4}  {result.score:9.4f}  {printable(result.key)}", soft_wrap=True)
 
 
-for command in (evaluate, serve, bench_query, *maintenance.COMMANDS):
+for command in (delete, evaluate, compare, serve, bench_query, runs, *maintenance.COMMANDS):
     app.command()(command)
 
 

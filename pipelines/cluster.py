@@ -1,6 +1,10 @@
 """The only place where Ray is started and actors are made."""
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 # Keeps a single-machine Ray on the loopback interface; read when Ray is imported.
@@ -35,16 +39,22 @@ def connect(address: str | None, num_cpus: int, num_gpus: int = 0) -> bool:
         return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is not None:
-        ray.init(address=address, **options)
-        return True
-    ray.init(
-        num_cpus=num_cpus,
-        num_gpus=num_gpus or None,
-        include_dashboard=False,
-        object_store_memory=128 << 20,
-        **options,
-    )
+        options["address"] = address
+    else:
+        own = {"num_cpus": num_cpus, "num_gpus": num_gpus or None, "include_dashboard": False}
+        options |= own | {"object_store_memory": 128 << 20}
+    with _own_sigterm():
+        ray.init(**options)
     return True
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: Ray would end it on the spot, without its last words."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and callable(before):
+        signal.signal(signal.SIGTERM, before)
 
 
 class _WorkerActor:
@@ -52,6 +62,10 @@ class _WorkerActor:
 
     def __init__(self, store_uri: str, device: str) -> None:
         self._worker = Worker(store_uri, device)
+
+    def is_there(self) -> bool:
+        """Answered once the cluster had room for it and it has started."""
+        return True
 
     def do(self, task: Task) -> Report:
         """Do one task."""

@@ -1,5 +1,6 @@
 """What the commands share: how they print, how their errors end, and how they name an index."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from cbir.errors import CbirError, ConfigError
+from pipelines.logs import is_json, log_event
 
 if TYPE_CHECKING:
     from cbir.search import Searcher
@@ -22,7 +24,9 @@ __all__ = [
     "fail",
     "open_searcher",
     "out",
+    "printable",
     "store_of",
+    "warn",
 ]
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -61,8 +65,24 @@ class Commands(TyperGroup):
 
 def fail(message: str, code: int) -> NoReturn:
     """Say why on the error stream, and end with this exit code."""
-    err.print(f"error: {message}", soft_wrap=True)
+    if is_json():
+        log_event(message, {"exit_code": code}, logging.ERROR)
+    else:
+        err.print("error: " + "\n".join(map(printable, message.split("\n"))), soft_wrap=True)
     raise typer.Exit(code)
+
+
+def warn(message: str) -> None:
+    """Say on the error stream what the user should know."""
+    if is_json():
+        log_event(message, level=logging.WARNING)
+    else:
+        err.print(f"warning: {printable(message)}", soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as `\\x1b`: no key is to colour a terminal or to move its cursor."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def store_of(index: str) -> "Store":

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cbir.artifacts import lease
+from cbir.lease import lease, writer_of
 from cbir.storage import open_store
 from cbir.versions import Versions
 from pipelines.cli import app
 from tests.conftest import PROJECT
+from tests.test_lease import held_elsewhere
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -389,6 +390,19 @@ class TestVersions:
         assert "being written by cbir index of somebody" in outcome.err
         assert cbir("gc", own, "--delete").code == 0
 
+    def test_a_dry_run_says_whose_work_it_counts(self, tmp_path: Path) -> None:
+        with lease(open_store(str(tmp_path)), "cbir index of somebody"):
+            outcome = cbir("gc", tmp_path)
+        assert outcome.out.startswith("would delete (add --delete): 0 objects")
+        assert "this counts what cbir index of somebody (process" in outcome.err
+
+    def test_unlock_frees_the_lease_of_a_run_that_died_elsewhere(self, tmp_path: Path) -> None:
+        assert cbir("unlock", tmp_path).out == "nobody held the lease\n"
+        held_elsewhere(open_store(str(tmp_path)))
+        assert cbir("unlock", tmp_path).out == "freed the lease of cbir index (process 71 on node-7)\n"
+        with lease(open_store(str(tmp_path)), "cbir index"):
+            assert cbir("unlock", tmp_path).err.startswith("error: file://")
+
 
 def test_export_names_its_files(built: Path, tmp_path: Path) -> None:
     outcome = cbir("export", built / "store", tmp_path / "out", "--format", "parquet", width=20)
@@ -458,7 +472,9 @@ class TestProcess:
         assert process.returncode == 130
         assert errors.splitlines()[-1] == "error: interrupted; run the same command again to go on"
         assert "Traceback" not in errors
-        assert list((tmp_path / "store").glob("leases/*")) == []
+        writer = writer_of(open_store(str(tmp_path / "store")))
+        assert writer is not None
+        assert writer.owner == "", "its lease is free"
         assert cbir("index", path).code == 0
 
     def test_a_run_on_ray_says_nothing_but_its_progress(self, settings: Settings, tmp_path: Path) -> None:
