@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FUZZ_SECONDS ?= 60
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench clean distclean
+.PHONY: help install demo test lint format bench fuzz clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,11 @@ bench: $(INSTALLED) ## run the benchmarks one by one and print their tables
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' \
 	  || echo "asmk could not be built (it needs a C compiler): the comparisons with it are left out"
 	@set -e; for script in $(BENCHMARKS); do echo; echo "== $$script"; PYTHONPATH=. $(BIN)/python "$$script"; done
+
+fuzz: $(INSTALLED) ## fuzz every parser of strangers' files with atheris, FUZZ_SECONDS (60) each
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@set -e; for parser in $$($(BIN)/python -c 'from tests.fuzz.parsers import PARSERS; print(*PARSERS)'); do \
+	  echo "== $$parser"; $(BIN)/python -m tests.fuzz.atheris_parsers $$parser -max_total_time=$(FUZZ_SECONDS); done
 
 clean: ## remove the demo, caches and built files, but not .venv
 	rm -rf demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

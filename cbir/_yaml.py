@@ -10,6 +10,9 @@ from cbir.errors import ConfigError
 
 __all__ = ["put", "read_yaml"]
 
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError is of scalars that only look like a date or a number (2026-99-99)."""
+
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
@@ -21,7 +24,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"{path} is no text file: {error.reason} at byte {error.start}") from None
     try:
         data = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of keys such as images, store and channels")
@@ -52,7 +55,7 @@ def put(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected dotted.path=value, for example sample.images=1000")
     try:
         value = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"--set {path}: {text!r} is not valid YAML: {error}") from None
     *parents, last = path.split(".")
     place: Any = data

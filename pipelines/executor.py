@@ -31,6 +31,9 @@ MAX_LOST = 20
 TICK_S = 1.0
 CLOSE_S = 10.0
 
+PLACE_S = 20.0
+"""So long a task waits for an actor for which the cluster has no room, while others are idle."""
+
 
 class Executor(Protocol):
     """Runs the tasks of one stage to their end."""
@@ -67,10 +70,11 @@ class InlineExecutor:
 
 @dataclass
 class _Running:
-    """A task on its actor."""
+    """A task on its actor; `there` is the answer of an actor that may not have started yet."""
 
     task: Task
     actor: Any
+    there: Any
     started: float
     is_overdue: bool = False
 
@@ -112,6 +116,7 @@ class RayExecutor:
                 ready, _ = self._ray.wait(list(stage.running), timeout=TICK_S)
                 for reference in ready:
                     self._finish(reference, stage, on_report)
+                self._take_back(stage)
                 self._kill_overdue(stage)
                 on_tick()
         finally:
@@ -144,7 +149,8 @@ class RayExecutor:
     def _start(self, stage: _Stage) -> None:
         task = stage.waiting.popleft()
         actor = self._idle.pop() if self._idle else self._new_actor()
-        stage.running[actor.do.remote(task)] = _Running(task, actor, time.monotonic())
+        there = actor.is_there.remote()
+        stage.running[actor.do.remote(task)] = _Running(task, actor, there, time.monotonic())
 
     def _finish(self, reference: Any, stage: _Stage, on_report: OnReport) -> None:
         running = stage.running.pop(reference)
@@ -161,6 +167,16 @@ class RayExecutor:
             return
         self._idle.append(running.actor)
         on_report(running.task, report)
+
+    def _take_back(self, stage: _Stage) -> None:
+        """Give tasks whose actors have no place, as when a node was lost, to idle ones, which may be in that place."""
+        for reference, running in list(stage.running.items()):
+            if len(self._idle) <= len(stage.waiting) or time.monotonic() - running.started < PLACE_S:
+                continue
+            if not self._ray.wait([running.there], timeout=0)[0]:
+                self._ray.kill(running.actor)
+                del stage.running[reference]
+                stage.waiting.append(running.task)
 
     def _bury(self, task: Task, reason: str, stage: _Stage) -> None:
         stage.deaths[task.fingerprint] += 1
@@ -185,7 +201,7 @@ class RayExecutor:
 
 
 def _lost_error(lost: dict[str, str]) -> DataError:
-    lines = "\n".join(f"  {name}: {_last_line(reason)}" for name, reason in lost.items())
+    lines = "\n".join(f"  {name}: {_in_one_line(reason)}" for name, reason in lost.items())
     rest = (
         "the run stops, because so many point to the machine (memory? the device?) rather than to a shard"
         if len(lost) >= MAX_LOST
@@ -197,8 +213,12 @@ def _lost_error(lost: dict[str, str]) -> DataError:
     )
 
 
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
+def _in_one_line(reason: str) -> str:
+    """Of a worker that was killed for memory, Ray says so first and then much else; of others, what it was last."""
+    lines = reason.strip().split("\n")
+    if "low on memory" in lines[0]:
+        return f"{lines[0]}; ask for fewer workers, or for `pools.<pool>.memory_gb`, so that fewer share a machine"
+    return lines[-1]
 
 
 def executor_for(config: Config) -> Executor:

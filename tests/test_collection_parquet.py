@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cbir.collection import InputSpec, RawImage, read_images, read_place
+from cbir.collection import InputSpec, RawImage, parquet, read_images, read_place, read_vectors
 from cbir.errors import DataError
+from cbir.storage import open_store
 from tests.collection_forms import IMAGES, LIMIT, SPEC, content, images_of, read_until_error, shards_of, write_parquet
 
 
@@ -90,6 +91,15 @@ def test_a_wrong_schema_is_an_error_when_listing(columns: dict[str, Any], found:
         shards_of(tmp_path)
 
 
+@pytest.mark.parametrize("spec", [SPEC, InputSpec(format="vectors")], ids=["images", "vectors"])
+def test_a_key_that_is_no_text_is_an_error(spec: InputSpec, tmp_path: Path) -> None:
+    keys = pa.array([b"a", b"\xff", b"\xed\xa0\x80"], pa.binary()).view(pa.string())
+    write_columns(tmp_path / "x.parquet", key=keys, image=[b"1"] * 3, vector=[[0.0]] * 3)
+    (shard,) = shards_of(tmp_path, spec=spec)
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet .*can't decode byte 0xff"):
+        list(read_images(shard, spec, LIMIT) if spec is SPEC else read_vectors(shard, spec, 1, "float32"))
+
+
 @pytest.mark.parametrize("key", [None, ""])
 def test_a_row_without_key_is_an_error_that_names_it(key: str | None, tmp_path: Path) -> None:
     path = write_columns(tmp_path / "x.parquet", key=pa.array(["a", "b", key]), image=[b"1", b"2", b"3"])
@@ -129,6 +139,15 @@ def test_a_cut_file_is_an_error_when_listing(size: int, tmp_path: Path) -> None:
         shards_of(tmp_path)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, OverflowError, MemoryError])
+def test_what_pyarrow_makes_of_errors_in_cpp_is_an_error_of_ours(error: type[Exception], tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet \(of C\+\+\)"),
+        parquet.explained(open_store(str(tmp_path)), "x.parquet"),
+    ):
+        raise error("of C++")
+
+
 def test_damage_inside_is_an_error_when_reading(tmp_path: Path) -> None:
     noise = random.Random(0)
     images = {f"{i}.jpg": noise.randbytes(1000) for i in range(50)}
@@ -139,6 +158,18 @@ def test_damage_inside_is_an_error_when_reading(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
         images_of(path)
+
+
+def test_a_file_that_unpacks_to_hundreds_of_times_its_bytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {f"{i}.jpg": bytes(100_000) for i in range(50)}
+    write_parquet(tmp_path / "x.parquet", images, use_dictionary=False, compression="zstd")
+    (shard,) = shards_of(tmp_path)
+    assert content(list(read_images(shard, SPEC, LIMIT))) == images, "a small one does no harm"
+    monkeypatch.setattr(parquet, "BOMB_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"x\.parquet has [0-9,]+ bytes, and a row group of it unpacks to 5,00"):
+        shards_of(tmp_path)
 
 
 def test_rows_are_found_again_in_any_row_group(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images in tars, whole and damaged."""
 
+import gzip
 import subprocess
 import tarfile
 import tracemalloc
@@ -192,6 +193,53 @@ def test_a_negative_size_in_a_pax_record_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="says that it has -1024 bytes"):
         images_of(tmp_path / "x.tar")
+
+
+def pax(*members: bytes, **records: bytes) -> bytes:
+    """A header with these records, and the members after it."""
+    lines = b""
+    for name, value in records.items():
+        body = b" %b=%b\n" % (name.replace("_", ".").encode(), value)
+        size = len(body) + len(str(len(body)))
+        size += len(str(size)) - len(str(len(body)))
+        lines += b"%d" % size + body
+    return header("x", len(lines), tarfile.XHDTYPE) + lines + bytes(-len(lines) % 512) + b"".join(members)
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        (pax(header("a.jpg", 0), path=b"1" * 100_000 + b".jpg"), "more than 255 digits in a row"),
+        (pax(header("a.jpg", 0), path=b""), "the member at byte 0 has no name"),
+        (header("\0.jpg", 0), "the member at byte 0 has no name"),
+        (pax() * 3000 + header("a.jpg", 0), "headers describe one another without end"),
+        (header("a.jpg", 512, tarfile.GNUTYPE_SPARSE) + bytes(512), "is stored with holes"),
+        (
+            pax(header("a.jpg", 512), b"99999999\n0\n".ljust(512, b"\0"), GNU_sparse_major=b"1", GNU_sparse_minor=b"0"),
+            "cut or damaged at byte 0",
+        ),
+        (pax(header("a.jpg", 0), GNU_sparse_map=b"0,1,2", GNU_sparse_size=b"x"), "cut or damaged at byte 0"),
+        (gzip.compress(tar_bytes(THREE)), "cut or damaged at byte 0"),
+    ],
+    ids=["slow pattern", "pax without name", "no name", "chain", "holes", "holes of pax", "map of holes", "gzip"],
+)
+def test_a_header_that_would_keep_a_reader_busy_is_an_error(raw: bytes, found: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(raw + bytes(1024))
+    with pytest.raises(DataError, match=found):
+        images_of(tmp_path / "x.tar")
+
+
+def test_names_that_lead_out_of_the_archive_are_keys_like_others(tmp_path: Path) -> None:
+    images = {"../../etc/passwd": b"1", "/abs/x.jpg": b"2", "a/../b.jpg": b"3", "..": b"4", "a//b.jpg": b"5"}
+    assert content(images_of(write_tar(tmp_path / "x.tar", images))) == images
+    assert images_of(write_tar(tmp_path / "y.tar", {"...jpg": b"1", "a/.hidden": b"2", "..x/a.jpg": b"3"})) == []
+
+
+def test_links_out_of_the_archive_and_devices_are_passed_over(tmp_path: Path) -> None:
+    kinds = (tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+    members = b"".join(header(f"{number}.jpg", 0, kind) for number, kind in enumerate(kinds))
+    (tmp_path / "x.tar").write_bytes(members + header("a.jpg", 0) + bytes(1024))
+    assert content(images_of(tmp_path / "x.tar")) == {"a.jpg": b""}
 
 
 def test_a_text_file_is_no_tar(tmp_path: Path) -> None:

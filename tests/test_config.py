@@ -288,6 +288,8 @@ channels:
         ("text", "message"),
         [
             ("images: [a", "is not valid YAML"),
+            ("images: 2026-99-99", "is not valid YAML"),
+            ("images: " + "[" * 5000, "is not valid YAML"),
             ("- images", "must be a mapping"),
             ("", "must be a mapping"),
             ("? [a, b]\n: 1", "is not valid YAML"),

@@ -26,9 +26,12 @@ quarantined later and not lost unseen."""
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z")
 
 
+HIDDEN = re.compile(r"(^|/)\.(?!\.?(/|\Z))")
+
+
 def is_hidden(name: str) -> bool:
-    """Whether a component of the path starts with a dot, or the name is only the mark of an empty folder."""
-    return name.startswith(".") or "/." in name or name.endswith("/")
+    """Whether a part of the path, but `.` and `..`, starts with a dot, or the name is the mark of an empty folder."""
+    return name.endswith("/") or HIDDEN.search(name) is not None
 
 
 def is_image(name: str) -> bool:

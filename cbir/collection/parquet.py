@@ -23,11 +23,18 @@ BATCH_BYTES = 8 << 20
 FOOTER_BYTES = 64 << 10
 """More than most footers have."""
 
+_UNREADABLE = (pa.ArrowException, OSError, RuntimeError, ValueError, IndexError, OverflowError, MemoryError)
+"""What pyarrow raises for damaged files: errors of its own, and Python's in the place of those of C++."""
+
+BOMB_BYTES, BOMB_RATIO = 512 << 20, 100
+"""Image files hardly compress: a row group of more bytes, and of more times those of its file, is to fill memory."""
+
 
 def count_rows(store: Store, info: ObjectInfo, spec: InputSpec) -> int:
-    """Rows of a file, from its footer. DataError if it is no Parquet file or lacks a column of the right type."""
+    """Rows of a file, from its footer. DataError for no Parquet file, a bomb, and columns of no right type."""
     with explained(store, info.key), pq.ParquetFile(pa.BufferReader(footer(store, info))) as file:
         _leaves(file.schema_arrow, spec, store.place(info.key))
+        _refuse_bomb(file.metadata, info, store.place(info.key))
         return int(file.metadata.num_rows)
 
 
@@ -79,7 +86,7 @@ def explained(store: Store, key: str) -> Iterator[None]:
     """DataError that names the file for what pyarrow finds wrong inside the block."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{store.place(key)} cannot be read as Parquet ({error}): copy it again from its origin or write it "
             f"again, or take it out of `images`"
@@ -96,6 +103,19 @@ def _images(
         if not key.is_valid or key.as_py() == "":
             raise DataError(f"{text} has no key; every row of the key column needs one")
         yield RawImage(str(key.as_py()), text, place, data if len(data) <= max_bytes else None)
+
+
+def _refuse_bomb(metadata: pq.FileMetaData, info: ObjectInfo, uri: str) -> None:
+    """DataError for a small file that unpacks to so much that no worker could hold a page of it.
+
+    Columns are not looked at one by one: of some damaged ones, pyarrow ends the process.
+    """
+    unpacked = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    if unpacked > max(BOMB_BYTES, BOMB_RATIO * info.size):
+        raise DataError(
+            f"{uri} has {info.size:,} bytes, and a row group of it unpacks to {unpacked:,}, as no image files do: take "
+            "it out of `images`, or write it again in smaller row groups"
+        )
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:

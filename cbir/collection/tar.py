@@ -1,9 +1,10 @@
 """Images in a tar: every member in order, and no damage passed over in silence.
 
 Python's tarfile takes a damaged header for the end of the archive and does not miss the last member's data; here
-both are errors.
+both are errors. So are the headers that a hostile tar would keep it busy with.
 """
 
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self
@@ -24,6 +25,8 @@ EXTENSIONS = (
 )
 LONGEST_EXTENSION = 1 << 20
 """Bytes of a header that only describes the next member (long name, PAX record); more is taken for damage."""
+MANY_DIGITS = re.compile(rb"[0-9]{256}")
+"""More digits in a row than a file name has characters."""
 
 
 def read_tar(store: Store, info: ObjectInfo, max_bytes: int) -> Iterator[RawImage]:
@@ -47,6 +50,17 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header says that it has {header.size} bytes")
         return header
 
+    def _proc_pax(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        """tarfile's own method, whose pattern takes a time that grows with the square of digits (CVE-2024-6232)."""
+        stream = tarfile_.fileobj
+        assert stream is not None
+        start = stream.tell()
+        if MANY_DIGITS.search(stream.read(self.size)):
+            raise tarfile.ReadError("a PAX record has more than 255 digits in a row")
+        stream.seek(start)
+        found: tarfile.TarInfo = super()._proc_pax(tarfile_)  # type: ignore[misc]
+        return found
+
 
 class _TarReader:
     """One pass over one tar; knows where members lie, for hard links, and how far it came, for error messages."""
@@ -60,6 +74,8 @@ class _TarReader:
         """The images in order; folders, symbolic links, devices, hidden members and sidecars are passed over."""
         for member in self._members():
             name = _key_of(member.name)
+            if not name and member.isreg():
+                raise self._broken(f"the member at byte {member.offset} has no name")
             if is_image(name) and (member.isreg() or member.islnk()):
                 place = self._places[name] = self._place(member)
                 yield RawImage(name, place.describe(self._store.uri, name), place, self._read(place))
@@ -79,6 +95,8 @@ class _TarReader:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
         except (tarfile.TarError, ValueError) as error:
             raise self._broken(str(error)) from error
+        except RecursionError:
+            raise self._broken("headers describe one another without end") from None
 
     def _place(self, member: tarfile.TarInfo) -> Place:
         if member.issparse():

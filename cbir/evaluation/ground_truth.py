@@ -149,12 +149,8 @@ class _Row:
 
 def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
     reader = csv.DictReader(io.StringIO(text), restval="")
-    columns = reader.fieldnames or ()
-    for column in REQUIRED_COLUMNS:
-        if column not in columns:
-            raise DataError(f"{path}: no column {column!r}{nearest(column, columns)}")
     seen: dict[tuple[str, Box | None], int] = {}
-    for cells in reader:
+    for cells in _csv_cells(path, reader):
         row = _csv_row(f"{path}, line {reader.line_num}", reader.line_num, cells)
         if row.role in {"query", "both"} and (first := seen.setdefault((row.image, row.box), row.line)) != row.line:
             raise DataError(
@@ -162,6 +158,18 @@ def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
                 f"instances has them in one row, as 'a;b', and one of several regions has a box in each row"
             )
         yield row
+
+
+def _csv_cells(path: Path, reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    """The cells of every row, if the columns are there that must be."""
+    try:
+        columns = reader.fieldnames or ()
+        for column in REQUIRED_COLUMNS:
+            if column not in columns:
+                raise DataError(f"{path}: no column {column!r}{nearest(column, columns)}")
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}, after line {reader.line_num}: not CSV ({error})") from None
 
 
 def _csv_row(place: str, line: int, cells: Mapping[str, str]) -> _Row:
@@ -215,7 +223,10 @@ def _oxford_queries(path: Path, text: str, protocol: Protocol) -> Iterator[Groun
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    images, queries, labels = (_oxford_list(path, content, key) for key in ("imlist", "qimlist", "gnd"))
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets of too many levels
+        raise DataError(f"{path}: not JSON that can be read ({error})") from None
+    images, queries = (_oxford_list(path, content, key, str, "names") for key in ("imlist", "qimlist"))
+    labels = _oxford_list(path, content, "gnd", dict, "objects")
     if len(queries) != len(labels):
         raise DataError(f"{path}: 'qimlist' has {len(queries)} queries, 'gnd' {len(labels)}")
     outside = frozenset(queries) - frozenset(images)
@@ -227,13 +238,16 @@ def _oxford_queries(path: Path, text: str, protocol: Protocol) -> Iterator[Groun
         yield GroundTruthQuery(query, _oxford_box(place, label), positives, left_out)
 
 
-def _oxford_list(path: Path, content: Any, key: str) -> list[Any]:
+def _oxford_list(path: Path, content: Any, key: str, kind: type, kinds: str) -> list[Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with 'imlist', 'qimlist' and 'gnd', found a JSON {content!r:.40}")
     if key not in content:
         raise DataError(f"{path}: no list {key!r}{nearest(key, content)}")
     if not isinstance(values := content[key], list):
         raise DataError(f"{path}: {key!r} must be a list, found {values!r:.40}")
+    for position, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise DataError(f"{path}: {key!r} must be a list of {kinds}, position {position} holds {value!r:.40}")
     return values
 
 
@@ -242,6 +256,8 @@ def _oxford_names(place: str, label: Mapping[str, Any], grades: Sequence[str], i
     for grade in grades:
         if grade not in label:
             raise DataError(f"{place}: no label {grade!r}{nearest(grade, label)}")
+        if not isinstance(label[grade], list):
+            raise DataError(f"{place}: {grade!r} must be a list of positions in imlist, found {label[grade]!r:.40}")
         for position in label[grade]:
             if not isinstance(position, int) or not 0 <= position < len(images):
                 raise DataError(f"{place}: {grade!r} has {position!r}, no position in an imlist of {len(images)}")

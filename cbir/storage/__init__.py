@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cbir.errors import ConfigError
+from cbir.storage.credentials import refuse_credentials
 from cbir.storage.disk import DISK_FULL
 from cbir.storage.local import LocalStore
 from cbir.storage.retry import S3Settings
@@ -19,8 +20,10 @@ __all__ = ["DISK_FULL", "ObjectInfo", "S3Settings", "Store", "open_store"]
 def open_store(uri: str, settings: S3Settings | None = None) -> Store:
     """The store at `s3://bucket/prefix`, `file:///absolute/path` or a plain path; nothing is created or asked yet.
 
-    `settings` are for S3 and come from the environment where they are not given. ConfigError for any other URI.
+    `settings` are for S3 and come from the environment where they are not given. ConfigError for any other URI, and for
+    credentials in it.
     """
+    refuse_credentials(uri)
     scheme, separator, rest = uri.partition("://")
     if not separator:
         if not uri:

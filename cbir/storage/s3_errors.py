@@ -19,6 +19,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError, ProtocolError
 
 from cbir.errors import ObjectMissing, StorageError, UnsafeStore
+from cbir.storage.credentials import redacted
 
 __all__ = ["S3_ERRORS", "code", "explained", "refused", "transient"]
 
@@ -67,7 +68,12 @@ def refused(error: Exception) -> bool:
 
 
 def explained(error: Exception, place: str, endpoint: str) -> StorageError:
-    """The error that the user sees: the URI, what happened, and what to do."""
+    """The error that the user sees: the URI, what happened, and what to do; without a password in the endpoint."""
+    found = _explained(error, place, endpoint)
+    return type(found)(redacted(str(found)))
+
+
+def _explained(error: Exception, place: str, endpoint: str) -> StorageError:
     if isinstance(error, ClientError):
         return _answered(error, place, endpoint)
     if isinstance(error, _NO_CREDENTIALS):

@@ -104,6 +104,7 @@ def test_a_byte_order_mark_and_commas_in_quotes_are_read(tmp_path: Path):
         ("image,instance_id,role,box\nq,a,query,1 2 3\n", "line 2: a box is four numbers"),
         ("image,instance_id,role,box\nq,a,query,1 2 0 4\n", "line 2: the box .* has no area"),
         ("image,instance_id,role,box\nq,a,query,1 2 nan 4\n", "line 2: the box .* has no area"),
+        (f"image,instance_id,role\n{'a' * 200_000},a,both\n", r"after line 1: not CSV \(field larger"),
     ],
 )
 def test_mistakes_in_a_table_are_named(write, table: str, message: str):
@@ -164,7 +165,15 @@ def test_the_classic_form_leaves_the_query_out(write):
         ("{", "line 1: not JSON"),
         ("[]", "expected an object with 'imlist'"),
         ('{"imlist": [], "qimlists": [], "gnd": []}', "no list 'qimlist'; did you mean 'qimlists'"),
+        ("[" * 100_000, "not JSON that can be read"),
+        ("1" * 5000, "not JSON that can be read"),
         ('{"imlist": 3, "qimlist": [], "gnd": []}', "'imlist' must be a list, found 3"),
+        ('{"imlist": [[]], "qimlist": [], "gnd": []}', r"'imlist' must be a list of names, position 0 holds \[\]"),
+        ('{"imlist": [], "qimlist": ["q"], "gnd": [3]}', "'gnd' must be a list of objects, position 0 holds 3"),
+        (
+            '{"imlist": ["a"], "qimlist": ["q"], "gnd": [{"easy": 0, "hard": [], "junk": []}]}',
+            "'easy' must be a list of positions in imlist, found 0",
+        ),
         ('{"imlist": [], "qimlist": ["q"], "gnd": []}', "'qimlist' has 1 queries, 'gnd' 0"),
         (
             '{"imlist": ["a"], "qimlist": ["q"], "gnd": [{"easy": [1], "hard": [], "junk": []}]}',

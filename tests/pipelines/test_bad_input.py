@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import cbir
+from cbir.layout import Layout
 from cbir.search import Searcher
 from cbir.storage import open_store
 from cbir.versions import Versions
@@ -251,6 +253,70 @@ class TestCollections:
     def test_nothing_but_bad_images(self, refused: Index, tmp_path: Path) -> None:
         message = refused(images=fill(tmp_path / "images", {"0.jpg": b"no picture"}), max_bad=1.0)
         assert "channel 'local' has no image to train on: every image was quarantined" in message
+
+
+ODD_KEYS = (
+    "../../outside.jpg", "/absolute.jpg", "a/../b.jpg", "a//b.jpg", "line\nbreak.jpg", "carriage\r\n.jpg", "tab\t.jpg",
+    "nul\0.jpg", "\x1b[31mred.jpg", "%2e%2e%2fescaped.jpg", "100%.jpg", "{key}.jpg", "s3://bucket/key.jpg", "C:\\x.jpg",
+    "Größe 東京 😀.jpg", "e\u0301.jpg", "\u00e9.jpg", "right\u202egpj.to left", " blanks ", "-rf", "~root", "$HOME",
+    "<script>alert(1)</script>.jpg", "[bold]markup[/bold]", "n" * 5000, "'one' \"two\".jpg", "a,b;\nc.jpg", "\0",
+)  # fmt: skip
+"""Every one is a key that somebody's column may hold."""
+
+
+@pytest.fixture(scope="module")
+def odd(settings: Settings, pictures: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Parquet file of odd keys, of which the last three are of broken pictures, and its store."""
+    folder = tmp_path_factory.mktemp("odd")
+    broken = set(ODD_KEYS[-3:])
+    images = [b"no picture" if key in broken else data for key, data in zip(ODD_KEYS, pictures.values(), strict=False)]
+    pq.write_table(pa.table({"key": list(ODD_KEYS), "image": images}), folder / "images.parquet")
+    made = settings(images=str(folder / "images.parquet"), store=str(folder / "store"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(made))
+    assert run("index", folder / "config.yaml")[0] == 0
+    return folder
+
+
+class TestKeys:
+    def test_they_survive_to_the_id_map_and_to_the_ledger(self, odd: Path) -> None:
+        searcher = cbir.open(str(odd / "store"))
+        assert set(searcher.keys().values()) == set(ODD_KEYS[:-3])
+        ledgers = [
+            pq.read_table(odd / "store" / part.quarantine)
+            for part in Layout.from_json(searcher.manifest.layout).partitions
+        ]
+        assert set(pa.concat_tables(ledgers).column("key").to_pylist()) == set(ODD_KEYS[-3:])
+        assert run("verify", odd / "store")[0] == 0
+
+    def test_they_survive_to_results_and_files(self, odd: Path, pictures: dict[str, bytes], tmp_path: Path) -> None:
+        before = {path for path in odd.rglob("*") if path.is_file()}
+        assert run("export", odd / "store", tmp_path / "faiss")[0] == 0
+        assert run("export", odd / "store", tmp_path / "rows", "--format", "parquet")[0] == 0
+        assert run("extract", odd / "config.yaml", tmp_path / "features", "--npy")[0] == 0
+        for name in ("faiss/ids", "rows/vectors", "features/local/images"):
+            assert set(pq.read_table(tmp_path / f"{name}.parquet").column("key").to_pylist()) == set(ODD_KEYS[:-3]), (
+                name
+            )
+        assert {path for path in odd.rglob("*") if path.is_file()} == before, "no key leads anywhere"
+        assert not list(tmp_path.parent.rglob("outside.jpg"))
+
+    def test_a_terminal_and_a_page_show_them_without_obeying_them(
+        self, odd: Path, pictures: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        query = fill(tmp_path, {"query.jpg": next(iter(pictures.values()))})
+        arguments = ["search", odd / "store", f"{query}/query.jpg", "--depth", len(ODD_KEYS)]
+        found = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments), "--html", f"{query}/found.html"])
+        assert found.exit_code == 0
+        lines = found.stdout.splitlines()
+        assert len(lines) == len(ODD_KEYS) - 3
+        assert found.stdout.replace("\n", "").isprintable()
+        assert any(line.endswith("  line\\nbreak.jpg") for line in lines)
+        assert any(line.endswith("  \\x1b[31mred.jpg") for line in lines)
+        as_json = CliRunner().invoke(app, [*map(str, arguments), "--json"]).stdout.splitlines()
+        assert {json.loads(line)["key"] for line in as_json} == set(ODD_KEYS[:-3])
+        page = (tmp_path / "found.html").read_text()
+        assert "<script>alert(1)" not in page
+        assert "&lt;script&gt;alert(1)" in page
 
 
 class TestSmallCollections:

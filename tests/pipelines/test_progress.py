@@ -163,4 +163,4 @@ DURATIONS = [(0.04, "0.0s"), (59.94, "59.9s"), (59.96, "1m00s"), (61, "1m01s"), 
 
 @pytest.mark.parametrize(("seconds", "words"), DURATIONS)
 def test_durations_in_words(seconds: float, words: str) -> None:
-    assert progress._duration(seconds) == words
+    assert progress.duration(seconds) == words

@@ -10,13 +10,22 @@ from cbir.config import parse_config
 from cbir.storage import Store, open_store
 from cbir.verification import check_files
 from cbir.versions import Versions
-from pipelines.indexing import Silent, index
+from pipelines.indexing import index
+from pipelines.run import Silent
 from pipelines.work import Report, Task
 
-__all__ = ["Recorder", "assert_current_is_whole", "assert_goes_on_after_kill", "run_until_killed", "stages_of"]
+__all__ = [
+    "Recorder",
+    "assert_current_is_whole",
+    "assert_goes_on_after_kill",
+    "run_until_killed",
+    "spawned",
+    "stages_of",
+]
 
-_spawned = multiprocessing.get_context("forkserver")
-_spawned.set_forkserver_preload(["pipelines.indexing", "cbir.storage.s3", "torch"])  # once, not in every child
+spawned = multiprocessing.get_context("forkserver")
+"""Makes processes that have imported what they need."""
+spawned.set_forkserver_preload(["pipelines.indexing", "cbir.storage.s3", "torch"])  # once, not in every child
 
 
 class Recorder(Silent):
@@ -38,7 +47,7 @@ def stages_of(store: Store) -> dict[str, str]:
 def run_until_killed(settings: dict[str, Any], failpoint: str) -> None:
     """Index in a child process that dies at the failpoint."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "CBIR_"))}
-    child = _spawned.Process(target=_run, args=(settings, {**environment, "CBIR_FAILPOINT": failpoint}))
+    child = spawned.Process(target=_run, args=(settings, {**environment, "CBIR_FAILPOINT": failpoint}))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, f"{failpoint} was never reached"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cbir.search import Searcher, open_version
 from cbir.storage import open_store
 from cbir.verification import check_counts, check_files
 from cbir.versions import Versions
+from tests.collection_forms import write_parquet, write_tar
 
 NUM_GOOD = 12
 NUM_HOSTILE = 107
@@ -124,11 +126,18 @@ def ledger_of(searcher: Searcher, store: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+FORMS: dict[str, Callable[[Path, Mapping[str, bytes]], Path]] = {"tar": write_tar, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize(("workers", "form"), [(2, "folder"), (0, "tar"), (0, "parquet")])
 def test_every_file_is_indexed_or_in_the_ledger(
-    workers: int, mixed: Path, what_pillow_does: dict[str, tuple[str, str]], tmp_path: Path
+    workers: int, form: str, mixed: Path, what_pillow_does: dict[str, tuple[str, str]], tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "config.yaml", mixed, tmp_path / "store", workers=workers)
+    images = mixed
+    if form != "folder":
+        files = {str(path.relative_to(mixed)): path.read_bytes() for path in sorted(mixed.rglob("*")) if path.is_file()}
+        images = FORMS[form](tmp_path / f"images.{form}", files)
+    config = write_config(tmp_path / "config.yaml", images, tmp_path / "store", workers=workers)
     run = run_index(config)
     assert run.exit_code == 0, run.output
 

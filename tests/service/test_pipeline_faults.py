@@ -10,6 +10,7 @@ import pytest
 import cbir
 from cbir.config import parse_config
 from cbir.errors import ArtifactError, CbirError, DataError, StorageError, UnsafeStore
+from cbir.lease import writer_of
 from cbir.storage import Store, open_store
 from cbir.versions import Versions
 from pipelines.indexing import index
@@ -126,7 +127,7 @@ def test_bad_answers_to_reads_leave_the_right_bytes(
 
 
 COMMITS = ("DONE.json", "versions/0", "index/CURRENT")
-WRITES = ("leases/", ".parquet", ".safetensors", ".faiss", *COMMITS)
+WRITES = ("index/WRITER", ".parquet", ".safetensors", ".faiss", *COMMITS)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,11 @@ def test_bad_answers_to_writes_leave_the_right_bytes(
     faults: FaultServer,
     reference: Reference,
 ) -> None:
+    faults.plan("pass", method="PUT", key="index/CURRENT")  # the fence of the lease
     for key in keys:
         faults.plan(kind, method="PUT", key=key)
     assert run(on_s3 | CHANGES) == 2
-    assert faults.hits == len(keys)
+    assert faults.hits == 1 + len(keys)
     assert stages_of(published) == reference.both_bytes
     versions = Versions(published)
     current = versions.current()
@@ -162,10 +164,11 @@ def test_bad_answers_to_writes_leave_the_right_bytes(
 def test_a_first_version_whose_answers_are_lost_is_ours(
     on_s3: dict[str, Any], store: Store, faults: FaultServer
 ) -> None:
+    faults.plan("pass", method="PUT", key="index/CURRENT")  # the fence of the lease
     for key in COMMITS:
         faults.plan("applied_then_silence", method="PUT", key=key)
     assert run(on_s3) == 1
-    assert faults.hits == len(COMMITS)
+    assert faults.hits == 1 + len(COMMITS)
     assert Versions(store).numbers() == [1]
     assert_current_is_whole(store)
 
@@ -179,7 +182,7 @@ def test_a_first_version_whose_answers_are_lost_is_ours(
         ("GET", IMAGE, "truncate", 0, r"extract .*/photos/object0/view3.jpg: the answers .* break off"),
         ("GET", IMAGE, "error", 404, r"extract .*/photos/object0/view3.jpg changed .*it is gone.*run again"),
         ("GET", ".parquet", "error", 404, r"part-\S+ is missing, but the record DONE.json.*delete that record"),
-        ("GET", ".parquet", "truncate", 0, r"(sample|train) .*/index/stages/extract/\S+: the answers .* break off"),
+        ("GET", ".parquet", "truncate", 0, r"/index/stages/plan/\S+: the answers .* break off"),
         ("GET", ".safetensors", "flip", 0, r"build .*/index/stages/train/\S+: .*do not have the MD5"),
         ("GET", ".faiss", "flip", 0, r"damaged before they could be published(.|\n)*stages/merge/\S+ has other bytes"),
         ("GET", ".faiss", "stall", 0, r"evaluate .*/index/stages/merge/\S+: no answer from"),
@@ -203,21 +206,26 @@ def test_what_never_gets_better_is_a_clear_error_and_current_stays(
 ) -> None:
     concerns_extraction = key in (IMAGE, "DONE.json")
     changed = on_s3 | ({"limits": {"megabytes": 50}} if concerns_extraction else CHANGES)
-    before = published.read("CURRENT")
+    before = named(published)
+    if method == "PUT":
+        faults.plan("pass", method="PUT", key="index/CURRENT")  # the fence of the lease
     faults.plan(kind, method=method, key=key, times=ALWAYS, status=status)
     with pytest.raises((StorageError, DataError, ArtifactError), match=message):
         run(changed)
     assert faults.hits >= 1
     faults.get_well()
-    assert published.read("CURRENT") == before
+    assert named(published) == before
     assert_current_is_whole(published)
-    assert list(published.list("leases/")) == []
+    writer = writer_of(published)
+    assert writer is not None
+    assert writer.has_ended()
 
 
 def test_the_same_command_goes_on_once_the_store_is_well(
     on_s3: dict[str, Any], published: Store, faults: FaultServer, reference: Reference
 ) -> None:
     for method, key in (("GET", ".parquet"), ("PUT", ".faiss"), ("PUT", "versions/0"), ("PUT", "index/CURRENT")):
+        faults.plan("pass", method="PUT", key="index/CURRENT")  # the fence of the lease
         faults.plan("error", method=method, key=key, times=ALWAYS, status=503)
         with pytest.raises(StorageError, match="503 SlowDown"):
             run(on_s3 | CHANGES)
@@ -264,14 +272,14 @@ class TestDisk:
     ) -> None:
         folder = Path(on_disk["store"])
         store = open_store(on_disk["store"])
-        before = store.read("CURRENT")
+        before = named(store)
         self.forget_after(stage, folder)
         for part in (folder / "stages" / stage).glob("*/part-*"):
             damage(part, harm)
         with pytest.raises(CbirError, match=rf"stages/{stage}/\w+/part-") as caught:
             run(on_disk)
         assert "DONE.json" in str(caught.value)
-        assert store.read("CURRENT") == before
+        assert named(store) == before
         for record in (folder / "stages" / stage).glob("*/DONE.json"):
             record.unlink()
         assert run(on_disk) == 1
@@ -287,6 +295,13 @@ class TestDisk:
         path.unlink()
         assert run(on_disk) == 1
         assert_current_is_whole(open_store(on_disk["store"]))
+
+
+def named(store: Store) -> tuple[int, str, int]:
+    """The version that CURRENT names; not who may write."""
+    current = Versions(store).current()
+    assert current is not None
+    return current.version, current.manifest_sha256, current.epoch
 
 
 def damage(path: Path, harm: str) -> None:

@@ -1,0 +1,1 @@
+"""Parsers of files that strangers make, under random bytes."""
