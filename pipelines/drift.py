@@ -81,13 +81,13 @@ class DriftTask(Task):
         """Some of these images, evenly of all shards: those whose ids have the least hashes."""
         hashes = np.concatenate([np.empty(0), *(seeded_uniform(ids, 3) for _, ids in images)])
         most = np.sort(hashes)[_MEASURED_IMAGES - 1] if len(hashes) > _MEASURED_IMAGES else 1.0
-        found, rows = [trained.probes.take(np.arange(0))], 0
+        found = [trained.probes.take(np.arange(0))]
         for done, ids in images:
             for table in rows_of(worker.store, done.file("features"), ids[seeded_uniform(ids, 3) <= most]):
-                if rows < _MEASURED_ROWS:
-                    with worker.timer.phase("device"):
-                        found.append(encode_all(trained.encoders, FeatureBatch.from_arrow(table)))
-                    rows += len(found[-1].descriptors)
+                with worker.timer.phase("device"):
+                    found.append(encode_all(trained.encoders, FeatureBatch.from_arrow(table)))
+                if sum(len(batch.descriptors) for batch in found) >= _MEASURED_ROWS:
+                    return FeatureBatch.concatenate(found)
         return FeatureBatch.concatenate(found)
 
 
@@ -166,7 +166,7 @@ def decide(limits: Reindex, drift: Done) -> Decision:
         return Decision("append", reason, **facts)
     measured = [*_fits(limits, *(facts[name] for name in ("base", "new", "all"))), *_recall(limits, facts["recall"])]
     text = "; ".join(
-        f"{one.words} {one.value:.2f} (limit {one.limit:g}{', beyond it' * one.is_beyond})" for one in measured
+        f"{one.words} {one.value:.2f} (limit {one.limit:g}{', beyond it' if one.is_beyond else ''})" for one in measured
     )
     choice: Choice = "retrain" if any(one.is_beyond for one in measured) else "append"
     return Decision(choice, text, figures={one.name: one.value for one in measured}, **facts)
