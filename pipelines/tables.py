@@ -119,7 +119,8 @@ class ShardWriter:
         self._sink.close()
         ids = pa.concat_tables(self._ids)
         order = pc.sort_indices(ids, [("image_id", "ascending")])
-        features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all().combine_chunks()  # once, not by `take`
+        features = pa.ipc.open_file(pa.memory_map(str(self._scratch))).read_all()
+        features = features.combine_chunks()  # or every `take` does it
         own = [field for field in FEATURES_SCHEMA if field.name not in IDS_SCHEMA.names]
         schema = pa.schema([*IDS_SCHEMA, *own], metadata=features.schema.metadata)
         images = max(1, ids.num_rows)
