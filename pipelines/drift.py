@@ -8,15 +8,17 @@ import numpy as np
 
 from cbir.artifacts import Done
 from cbir.config import Reindex
+from cbir.encoding.assigners import ExactAssigner
 from cbir.index.dense import exact_search
 from cbir.index.drift import Fit, fit_of
+from cbir.index.index import Assignment
 from cbir.queries import encode_all
 from cbir.spec import fingerprint
 from cbir.types import FeatureBatch, Int64s
 from pipelines.build import PROBE_DEPTH
 from pipelines.known import KnownImages, digests_of, rows_of
 from pipelines.recall import index_recalls
-from pipelines.tables import open_parquet
+from pipelines.tables import open_parquet, read_features
 from pipelines.training import Trained, seeded_uniform
 from pipelines.work import Asset, ChannelWork, Task, Worker
 
@@ -70,30 +72,43 @@ class DriftTask(Task):
         with worker.timer.phase("read"):
             unknown = _unknown(worker, self.new, KnownImages.of(worker, self.earlier))
         num_new = sum(len(ids) for _, ids in unknown)
-        old, new = self._encoded(worker, trained, _all_of(worker, self.old)), self._encoded(worker, trained, unknown)
+        with worker.timer.phase("read"):
+            known = _all_of(worker, self.old) or [(self.new[0], np.empty(0, np.int64))]
+            old, new = _some_features(worker, known), _some_features(worker, unknown)
         with worker.timer.phase("device"):
             mixed = _mixed(old, new, num_new / max(self.old_images, 1))
             facts = {"base": self.base or _fit(trained, old), "new": _fit(trained, new), "all": _fit(trained, mixed)}
-            facts["recall"] = _recalls(trained, old, new)
+            facts["recall"] = None if trained.spec.local else _recalls(trained, old, new)
         return self.finish(worker, [], {"images": num_new}, facts)
 
-    def _encoded(self, worker: Worker, trained: Trained, images: _Chosen) -> FeatureBatch:
-        """Some of these images, evenly of all shards: those whose ids have the least hashes."""
-        hashes = np.concatenate([np.empty(0), *(seeded_uniform(ids, 3) for _, ids in images)])
-        most = np.sort(hashes)[_MEASURED_IMAGES - 1] if len(hashes) > _MEASURED_IMAGES else 1.0
-        found = [trained.probes.take(np.arange(0))]
-        for done, ids in images:
-            for table in rows_of(worker.store, done.file("features"), ids[seeded_uniform(ids, 3) <= most]):
-                with worker.timer.phase("device"):
-                    found.append(encode_all(trained.encoders, FeatureBatch.from_arrow(table)))
-                if sum(len(batch.descriptors) for batch in found) >= _MEASURED_ROWS:
-                    return FeatureBatch.concatenate(found)
-        return FeatureBatch.concatenate(found)
+
+def _some_features(worker: Worker, images: _Chosen) -> FeatureBatch:
+    """The features of some of these images, evenly of all shards: those whose ids have the least hashes."""
+    hashes = np.concatenate([np.empty(0), *(seeded_uniform(ids, 3) for _, ids in images)])
+    most = np.sort(hashes)[_MEASURED_IMAGES - 1] if len(hashes) > _MEASURED_IMAGES else 1.0
+    found = [next(read_features(worker.store, images[0][0])).take(np.arange(0))]
+    for done, ids in images:
+        for table in rows_of(worker.store, done.file("features"), ids[seeded_uniform(ids, 3) <= most]):
+            found.append(FeatureBatch.from_arrow(table))
+            if sum(len(batch.descriptors) for batch in found) >= _MEASURED_ROWS:
+                return FeatureBatch.concatenate(found)
+    return FeatureBatch.concatenate(found)
 
 
 def _fit(trained: Trained, images: FeatureBatch) -> dict[str, Any] | None:
-    assignment = trained.index.assignment(images) if len(images.descriptors) > 1 else None
-    return fit_of(assignment).to_json() if assignment else None
+    assignment = _assignment(trained, images) if len(images.descriptors) > 1 else None
+    return fit_of(assignment).to_json() if assignment and len(assignment.lists) > 1 else None
+
+
+def _assignment(trained: Trained, images: FeatureBatch) -> Assignment | None:
+    """To the words of the first encoder that has some, else to those of the index."""
+    for encoder in trained.encoders:
+        words = encoder.state().get("centroids")
+        if words is not None:
+            nearest, squared = ExactAssigner(words).nearest(images.descriptors, 1)
+            return Assignment(nearest[:, 0].astype(np.int64), squared[:, 0], len(words))
+        images = encoder.encode(images)
+    return trained.index.assignment(images)
 
 
 def _mixed(old: FeatureBatch, new: FeatureBatch, ratio: float) -> FeatureBatch:
@@ -105,9 +120,10 @@ def _mixed(old: FeatureBatch, new: FeatureBatch, ratio: float) -> FeatureBatch:
 
 
 def _recalls(trained: Trained, old: FeatureBatch, new: FeatureBatch) -> dict[str, float] | None:
-    """recall@10 among both, of some of each as queries; None if there are too few, or not one vector per image."""
-    if trained.spec.local or min(len(old), len(new)) < _LEAST_IMAGES:
+    """recall@10 among both, of some of each as queries; None if there are too few."""
+    if min(len(old), len(new)) < _LEAST_IMAGES:
         return None
+    old, new = encode_all(trained.encoders, old), encode_all(trained.encoders, new)
     both = FeatureBatch.concatenate([old, new])
     partition, found = trained.index.build(trained.index.entries(both)), {}
     for name, images in (("old", old), ("new", new)):
@@ -160,7 +176,7 @@ def decide(limits: Reindex, drift: Done) -> Decision:
         **{name: drift.facts[name] for name in ("base", "new", "all", "recall")},
     }
     if facts["base"] is None and facts["recall"] is None:
-        return Decision("append", "nothing that is trained looks at how features are distributed", **facts)
+        return Decision("append", "nothing in it divides features among lists or words", **facts)
     if facts["new_images"] < limits.images:
         reason = f"{facts['new_images']} new images are too few to tell, the least is {limits.images}"
         return Decision("append", reason, **facts)

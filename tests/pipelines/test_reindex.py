@@ -201,6 +201,20 @@ def test_bytes_that_changed_behind_the_listing_are_found_and_stay_found(
     assert reindex(collection).manifest.version == found.manifest.version, "the next listing knows it still"
 
 
+def test_words_of_encoders_are_measured_as_those_of_indexes_are(
+    collection: Config, pictures: dict[str, bytes], tars: Path
+) -> None:
+    """VLAD before IVF-PQ, and ASMK; whose 60 features of 40 images are 16 and 8 times as many as words."""
+    index(collection)
+    in_tars(tars, changed(pictures), 6)
+    measured = collection.reindex.model_copy(update={"images": 1})
+    for name, decision in reindex(collection.model_copy(update={"reindex": measured})).decisions.items():
+        assert decision.base is not None
+        assert decision.base["rows"] > 1000, name
+        assert 0.5 < decision.figures["quantisation_error"] < 2
+        assert 0.5 < decision.figures["list_imbalance"] < 2
+
+
 def test_files_that_come_and_go_leave_their_neighbours_alone(
     config: ConfigOf, pictures: dict[str, bytes], tmp_path: Path
 ) -> None:
