@@ -6,11 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import HealthCheck
 from PIL import Image, ImageFilter
 
 from cbir.config import Config, parse_config
+
+# No test is timed: a machine with other load would fail it.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 PROJECT = Path(__file__).resolve().parent.parent
 NUM_OBJECTS, NUM_VIEWS = 8, 5
