@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cbir.errors import DataError
 from cbir.types import Array, Float64s
 
-__all__ = ["ReproducibleProduct", "check_dim"]
+__all__ = ["ReproducibleProduct", "check_dim", "fixed_point"]
 
 
 BITS = 26
@@ -32,7 +32,7 @@ class ReproducibleProduct:
     """
 
     def __init__(self, matrix: Array) -> None:
-        fixed, exponents = _fixed_point(matrix)
+        fixed, exponents = fixed_point(matrix)
         self._transposed, self._scales = fixed.T, np.ldexp(1.0, exponents)
 
     def __call__(self, rows: Array) -> Float64s:
@@ -41,7 +41,7 @@ class ReproducibleProduct:
         products = np.empty((len(rows), self._transposed.shape[1]))
         for start in range(0, len(rows), BLOCK):
             block = products[start : start + BLOCK]
-            fixed, exponents = _fixed_point(rows[start : start + BLOCK])
+            fixed, exponents = fixed_point(rows[start : start + BLOCK])
             np.matmul(fixed, self._transposed, out=block)
             block *= np.ldexp(1.0, exponents)[:, None]
             block *= self._scales
@@ -61,7 +61,7 @@ def check_dim(rows: Array, dim: int) -> None:
         )
 
 
-def _fixed_point(rows: Array) -> tuple[Float64s, npt.NDArray[np.int32]]:
+def fixed_point(rows: Array) -> tuple[Float64s, npt.NDArray[np.int32]]:
     """Whole numbers (n, D) of norm up to 2**BITS and exponents (n,), such that rows ~ numbers * 2**exponents."""
     fixed = rows.astype(np.float64)
     norms = np.sqrt(np.add.reduce(fixed * fixed, axis=1))

@@ -8,7 +8,7 @@ batch of queries nor the number of partitions ever shows in a result.
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import faiss
 import numpy as np
@@ -57,6 +57,9 @@ _BLOCK_VALUES = 1 << 16
 class DensePartition(SearchIndex):
     """One partition of an index that stores one code per vector. `faiss` is the plain index, ids included."""
 
+    plain: ClassVar[bool] = True
+    """Whether faiss can search `faiss` by itself."""
+
     def __init__(self, index: faiss.Index, dim: int) -> None:
         self.faiss, self.dim = index, dim
 
@@ -92,9 +95,9 @@ class DensePartition(SearchIndex):
 
 def merge_partitions(partitions: Sequence[SearchIndex]) -> faiss.Index:
     """One faiss index, ids included, of all vectors of the partitions: byte for byte what one build would give."""
-    dense = [part for part in partitions if isinstance(part, DensePartition)]
+    dense = [part for part in partitions if isinstance(part, DensePartition) and part.plain]
     if not dense or len(dense) < len(partitions):
-        raise ConfigError("only indexes of vectors can become one faiss index; inverted files of words cannot")
+        raise ConfigError("only indexes of vectors can become one faiss index; inverted files of words and lopq cannot")
     return dense[0].with_entries(pa.concat_tables([part.entries() for part in dense])).faiss
 
 

@@ -39,8 +39,9 @@ _POINTS_PER_LIST = 39
 
 _BLOCK_BYTES = 128 << 20
 
-_ROUNDS = 2
-"""Rounds over the whole sample after those over parts of it; they find as much as ten from drawn vectors."""
+_ROUNDS = 4
+"""Rounds over the whole sample after those over parts of it [4,096 lists of 204,800 clustered vectors: 4 % more error
+than ten of faiss from drawn vectors, in less time; a fifth round gains 0.2 %]."""
 
 _SMALL = 1024
 """Fewer lists are trained at once, without rounds over all workers."""

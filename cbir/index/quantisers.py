@@ -6,6 +6,7 @@ the same list and the same code in whatever batch or shard it is encoded, at lit
 """
 
 import faiss
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -20,27 +21,26 @@ _BLOCK_VALUES = 1 << 20
 
 def nearest_centroid(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
     """The centroid (W, D) nearest to each row (K, D), the first of several equal ones; (K,)."""
-    nearest = np.empty(len(rows), np.int64)
-    squares = np.einsum("wd,wd->w", centroids, centroids)
-    offsets = squares / 2 if metric == "l2" else np.zeros_like(squares)
-    step = max(1, _BLOCK_VALUES // len(centroids))
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        scores = block @ centroids.T - offsets
-        best = scores.argmax(1)
-        margin = (np.einsum("kd,kd->k", block, block) + squares.max()) * (32 * np.finfo(np.float32).eps)
-        close = scores >= (scores[np.arange(len(block)), best] - margin)[:, None]
-        unsure = np.flatnonzero(np.count_nonzero(close, axis=1) > 1)
-        best[unsure] = _decide(block[unsure], centroids, close[unsure], metric)
-        nearest[start : start + step] = best
+    if len(centroids) == 1 or not len(rows):
+        return np.zeros(len(rows), np.int64)
+    distances, near = faiss.knn(rows, centroids, 2, FAISS_METRIC[metric])
+    largest = np.einsum("wd,wd->w", centroids, centroids).max()
+    margins = (np.einsum("kd,kd->k", rows, rows) + largest) * (64 * np.finfo(np.float32).eps)
+    nearest, step = near[:, 0].copy(), max(1, _BLOCK_VALUES // len(centroids))
+    unsure = np.flatnonzero(np.abs(distances[:, 1] - distances[:, 0]) <= margins)
+    for some in np.array_split(unsure, -(-len(unsure) // step) or 1):
+        nearest[some] = _decide(rows[some], centroids, margins[some], metric)
     return nearest
 
 
-def _decide(rows: Floats, centroids: Floats, candidates: npt.NDArray[np.bool_], metric: Metric) -> Int64s:
-    """The nearest of the candidate centroids (K, W) in double precision."""
-    owner, word = np.nonzero(candidates)
-    scores = exact_scores(rows[owner], centroids, word[:, None], metric)[:, 0]
-    order = np.lexsort((word, -scores, owner))
+def _decide(rows: Floats, centroids: Floats, margins: Floats, metric: Metric) -> Int64s:
+    """The nearest centroids of rows (K, D) in double precision, among those whose scores come so near to the best."""
+    scores = rows @ centroids.T
+    if metric == "l2":
+        scores -= np.einsum("wd,wd->w", centroids, centroids) / 2
+    owner, word = np.nonzero(scores >= (scores.max(1) - margins)[:, None])
+    exact = exact_scores(rows[owner], centroids, word[:, None], metric)[:, 0]
+    order = np.lexsort((word, -exact, owner))
     return word[order][np.searchsorted(owner[order], np.arange(len(rows)))]
 
 
@@ -63,11 +63,49 @@ def product_codes(rows: Floats, codebooks: Floats) -> npt.NDArray[np.uint8]:
     """Rows (K, D) -> the nearest words of codebooks (parts, 2^bits, D / parts), packed (K, B) as faiss does it."""
     num_parts, num_words, width = codebooks.shape
     num_bits = num_words.bit_length() - 1
-    words = np.empty((len(rows), num_parts), np.uint8)
-    for part, book in enumerate(codebooks):
-        words[:, part] = nearest_centroid(rows[:, part * width : (part + 1) * width], book, "l2")
+    words, is_unsure = np.empty((len(rows), num_parts), np.uint8), np.zeros((len(rows), num_parts), np.bool_)
+    squares = np.einsum("pwd,pwd->pw", codebooks, codebooks).max(1)
+    flat = np.ascontiguousarray(rows, np.float32)
+    _nearest_words(flat, np.ascontiguousarray(codebooks.transpose(0, 2, 1)), squares, words, is_unsure)
+    for part in np.flatnonzero(is_unsure.any(0)).tolist():
+        some = np.flatnonzero(is_unsure[:, part])
+        words[some, part] = nearest_centroid(flat[some, part * width : (part + 1) * width], codebooks[part], "l2")
+    if num_bits == 8:
+        return words
     bits = np.unpackbits(words[:, :, None], axis=2, count=num_bits, bitorder="little")
     return np.packbits(bits.reshape(len(rows), num_parts * num_bits), axis=1, bitorder="little")
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+def _nearest_words(
+    rows: Floats, books: Floats, squares: Floats, words: npt.NDArray[np.uint8], is_unsure: npt.NDArray[np.bool_]
+) -> None:
+    """Write the nearest of the words (parts, D / parts, W) to each part of rows (K, D), and where another is about as
+    near; `squares` (parts,) are the words' largest squared norms."""
+    num_parts, width, num_words = books.shape
+    squared = np.empty(num_words, np.float32)
+    for row in range(len(rows)):
+        for part in range(num_parts):
+            squared[:] = 0
+            norm = np.float32(0)
+            for d in range(width):
+                value = rows[row, part * width + d]
+                norm += value * value
+                for word in range(num_words):
+                    difference = value - books[part, d, word]
+                    squared[word] += difference * difference
+            least = squared[0]
+            for word in range(num_words):
+                least = min(least, squared[word])
+            limit = least + (norm + squares[part]) * np.float32(64 * 2.0**-23)
+            count = np.int32(0)
+            for word in range(num_words):
+                count += np.int32(squared[word] <= limit)
+            is_unsure[row, part] = count > 1
+            word = 0
+            while squared[word] > least:
+                word += 1
+            words[row, part] = word
 
 
 def codebooks_of(quantiser: faiss.ProductQuantizer) -> Floats:

@@ -54,7 +54,7 @@ FAMILIES: dict[str, InvertedFile] = {
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_how_the_sample_is_divided_never_shows(family: str) -> None:
     spec, batch = FAMILIES[family], sample(2500)
-    assert spec.codebook_rounds == (0 if family in {"few", "pairs"} else 2)
+    assert (spec.codebook_rounds > 1) == (family not in {"few", "pairs"})
     whole = spec.train(batch, 3)
     assert as_bytes(in_shards(spec, batch, 5).state()) == as_bytes(whole.state())
 

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy.stats import spearmanr
 
 from cbir.errors import ArtifactError, DataError
 from cbir.index.dense import exact_search, merge_partitions, write_index
@@ -206,3 +207,85 @@ def test_adc_finds_more_real_sift_neighbours_than_sdc(test_data):
     assert found["adc"] > found["sdc"] + 0.02
     assert found["adc"] > 0.5
     assert isinstance(faiss.downcast_index(index.build(index.entries(database)).faiss.index), faiss.IndexPQ)
+
+
+POLYSEMOUS: dict[str, Any] = {"bytes": 2, "bits": 8, "metric": "l2"}
+
+
+@pytest.fixture(scope="module")
+def ordered():
+    return small(**POLYSEMOUS, polysemous=5).train(clustered(1200, 1), 3)
+
+
+@pytest.fixture(scope="module")
+def unordered():
+    return small(**POLYSEMOUS).train(clustered(1200, 1), 3)
+
+
+def rank_correlation(book: Floats) -> float:
+    """Of the Hamming distances of the numbers of centroids (256, d) and the distances of these."""
+    numbers = np.arange(256)
+    hamming = np.bitwise_count(numbers[:, None] ^ numbers)
+    return float(spearmanr(hamming.ravel(), -similarity("l2", book, book).ravel()).statistic)
+
+
+def test_the_order_of_centroids_changes_no_distance(ordered, unordered, batch, queries):
+    """Douze et al. 2016: a polysemous code is a product code first."""
+    for books in zip(ordered.state()["codebooks"], unordered.state()["codebooks"], strict=True):
+        assert not np.array_equal(*books)
+        np.testing.assert_array_equal(*(book[np.lexsort(book.T)] for book in books))
+    adc = small(**POLYSEMOUS).restore(ordered.state())
+    expected = all_scores(unordered.build(unordered.entries(batch)), queries)
+    np.testing.assert_array_equal(all_scores(adc.build(adc.entries(batch)), queries), expected)
+    every = small(**POLYSEMOUS, polysemous=17).restore(ordered.state())
+    np.testing.assert_array_equal(all_scores(every.build(every.entries(batch)), queries), expected)
+
+
+def test_by_the_order_hamming_distances_imitate_distances(ordered, unordered):
+    for before, after in zip(unordered.state()["codebooks"], ordered.state()["codebooks"], strict=True):
+        assert rank_correlation(after) > rank_correlation(before) + 0.2
+
+
+def test_codes_beyond_the_hamming_radius_are_passed_over(ordered, batch, queries):
+    entries, partition = ordered.entries(batch), ordered.build(ordered.entries(batch))
+    packed = [
+        np.frombuffer(b"".join(each["code"].to_pylist()), np.uint8).reshape(-1, 2)
+        for each in (ordered.entries(queries), entries)
+    ]
+    near = np.bitwise_count(packed[0][:, None] ^ packed[1]).sum(2) < 5
+    assert 0.05 < near.mean() < 0.7
+    adc = small(**POLYSEMOUS).restore(ordered.state())
+    scores = all_scores(adc.build(adc.entries(batch)), queries)
+    for depth in (10, 500):
+        hits = partition.search(queries, depth)
+        for row, (ids, found) in enumerate(zip(hits.image_ids, hits.scores, strict=True)):
+            expected = Hits.ranked(batch.image_ids[near[row]][None], scores[row, near[row]][None], depth)
+            np.testing.assert_array_equal(ids, expected.image_ids[0])
+            np.testing.assert_array_equal(found, expected.scores[0])
+
+
+def test_polysemous_partitions_and_queries_do_not_depend_on_each_other(ordered, batch, queries, tmp_path):
+    whole = ordered.build(ordered.entries(batch))
+    together = whole.search(queries, 20)
+    parts = [ordered.build(ordered.entries(batch.take(np.arange(number, 500, 7)))) for number in range(7)]
+    merged = Hits.merge([part.search(queries, 20) for part in parts], 20)
+    whole.save(tmp_path / "part")
+    loaded = small(**POLYSEMOUS, polysemous=5).load(tmp_path / "part")
+    for hits in (merged, loaded.search(queries, 20)):
+        np.testing.assert_array_equal(hits.image_ids, together.image_ids)
+        np.testing.assert_array_equal(hits.scores, together.scores)
+    for number in range(20):
+        alone = whole.search(queries.take(np.array([number])), 20)
+        np.testing.assert_array_equal(alone.image_ids[0], together.image_ids[number])
+
+
+def test_the_order_of_centroids_follows_the_sample_and_the_seed():
+    spec = small(**{**POLYSEMOUS, "bytes": 1}, polysemous=3)
+    books = [spec.train(clustered(300, 1), 4).state()["codebooks"] for _ in range(2)]
+    np.testing.assert_array_equal(*books)
+
+
+@pytest.mark.parametrize("field", [{"bits": 5}, {"metric": "ip"}, {"distance": "sdc"}])
+def test_polysemous_search_is_for_whole_bytes_and_distances(field):
+    with pytest.raises(ValidationError, match=rf"polysemous needs {next(iter(field))}: "):
+        small(**{**POLYSEMOUS, **field}, polysemous=5)

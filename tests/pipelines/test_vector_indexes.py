@@ -32,6 +32,7 @@ INDEXES = {
     "graph": {"name": "ivfpq", "lists": 4, "coarse": "hnsw", "bytes": 8, "bits": 4},
     "additive": {"name": "ivfaq", "lists": 2, "bytes": 8, "bits": 4},
     "rabitq": {"name": "ivfrabitq", "lists": 2},
+    "local": {"name": "lopq", "lists": 2, "bytes": 8, "bits": 4},
 }
 ENCODERS = [{"name": "rootsift"}, {"name": "vlad", "words": 4}, {"name": "pca", "dim": 16}]
 
@@ -73,7 +74,7 @@ def test_the_quality_of_every_search_is_measured(built: tuple[Config, Manifest])
     assert 0.3 < recall["additive"]["10"] < 1.0
 
 
-@pytest.mark.parametrize("channel", [name for name in INDEXES if name not in ("sdc", "lsh", "tables")])
+@pytest.mark.parametrize("channel", [name for name in INDEXES if name not in ("sdc", "lsh", "tables", "local")])
 def test_an_exported_index_holds_all_partitions(built: tuple[Config, Manifest], channel: str, tmp_path: Path) -> None:
     store = open_store(built[0].store)
     path, _ = export(store, Versions(store).load(), tmp_path, channel, "faiss")
