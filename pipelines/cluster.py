@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray as _ray
 
 from cbir.config import Config, Pool
+from cbir.storage.retry import EVERYWHERE, answered
 from pipelines.work import Report, Task, Worker
 
 __all__ = ["connect", "new_worker", "ray", "start_ray"]
@@ -33,6 +34,7 @@ def start_ray(config: Config) -> bool:
 def connect(address: str | None, num_cpus: int, num_gpus: int = 0) -> bool:
     """Join the Ray cluster at an address, or start one of this size here; False if this process is in one already.
 
+    Without an address, clusters that others run on this machine are left alone.
     Only errors of Ray are logged: its notice that the cluster asks for a token is meant for who administers it.
     """
     if ray.is_initialized():
@@ -41,7 +43,7 @@ def connect(address: str | None, num_cpus: int, num_gpus: int = 0) -> bool:
     if address is not None:
         options["address"] = address
     else:
-        own = {"num_cpus": num_cpus, "num_gpus": num_gpus or None, "include_dashboard": False}
+        own = {"address": "local", "num_cpus": num_cpus, "num_gpus": num_gpus or None, "include_dashboard": False}
         options |= own | {"object_store_memory": 128 << 20}
     with _own_sigterm():
         ray.init(**options)
@@ -61,6 +63,7 @@ class _WorkerActor:
     """A worker in a process of its own."""
 
     def __init__(self, store_uri: str, device: str) -> None:
+        answered(EVERYWHERE)  # the driver has reached the servers
         self._worker = Worker(store_uri, device)
 
     def is_there(self) -> bool:

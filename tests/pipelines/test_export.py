@@ -19,7 +19,8 @@ from cbir.types import FeatureBatch
 from cbir.versions import Manifest, Versions
 from pipelines import export as exporting
 from pipelines.export import Format, export
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
+from pipelines.run import Run
 
 NUM_PARTITIONS = 64
 IVFPQ = {
@@ -46,7 +47,7 @@ def built(
         evaluate={"probes": 0},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: NUM_PARTITIONS)
+        patch.setattr(Run, "_num_partitions", lambda *_: NUM_PARTITIONS)
         config = parse_config(data, "the test")
         index(config)
     return config

@@ -11,7 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from cbir.config import Config
+from cbir.storage import open_store
 from cbir.types import FeatureBatch, image_id
+from cbir.versions import Versions
 from pipelines.cli import app
 from pipelines.feature_files import write_features
 from pipelines.indexing import extract, index
@@ -51,7 +53,7 @@ def test_quarantined_images_are_named(written: tuple[Config, Path]) -> None:
 
 def test_nothing_is_published_and_an_index_takes_the_features_up(written: tuple[Config, Path]) -> None:
     store = Path(written[0].store)
-    assert not (store / "CURRENT").exists()
+    assert Versions(open_store(str(store))).current() is None
     before = {path: path.stat().st_mtime_ns for path in (store / "stages" / "extract").rglob("*")}
     index(written[0])
     assert {path: path.stat().st_mtime_ns for path in (store / "stages" / "extract").rglob("*")} == before

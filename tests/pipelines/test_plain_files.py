@@ -16,7 +16,8 @@ from cbir.artifacts import find_done
 from cbir.config import parse_config
 from cbir.storage import open_store
 from cbir.versions import Versions
-from pipelines.indexing import _Run, index
+from pipelines.indexing import index
+from pipelines.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def built(
 ) -> Built:
     root = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Run, "_num_partitions", lambda *_: 3)
+        patch.setattr(Run, "_num_partitions", lambda *_: 3)
         index(parse_config(settings(store=str(root)), "the test"))
     store = open_store(str(root))
     manifest = Versions(store).load()
@@ -52,7 +53,7 @@ def built(
             files.setdefault(f"{done.stage} {file.role}", []).append(str(root / file.key))
     searcher = cbir.open(str(root))
     queries = searcher.encoder.encode(searcher.encoder.extract([pictures["object2/view1.jpg"]], [None]))
-    hits = [partition.search(queries, 5)["local"] for partition in searcher.partitions]
+    hits = [partition.indexes["local"].search(queries["local"], 5) for partition in searcher.partitions]
     answers = [(hit.image_ids[0].tolist(), hit.scores[0].tolist()) for hit in hits]
     return Built(files, searcher.keys(), queries["local"].descriptors, answers)
 

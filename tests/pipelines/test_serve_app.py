@@ -56,7 +56,7 @@ def port(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield number
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
 
 
 def small_config(store: str, port: int) -> Any:
@@ -71,7 +71,7 @@ def small_config(store: str, port: int) -> Any:
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None, token: str = "secret") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
     with contextlib.closing(connection):
         connection.request(method, path, body, {"Authorization": f"Bearer {token}"})
         response = connection.getresponse()
