@@ -12,15 +12,21 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 
 import cbir.storage
+import cbir.storage.retry
+import cbir.storage.s3
 from cbir.errors import ConfigError, ObjectMissing, StorageError, UnsafeStore
-from cbir.storage import Store, open_store
+from cbir.storage import S3Settings, Store, open_store
 from cbir.storage.disk import HIDDEN
+from cbir.storage.retry import EVERYWHERE, answered, attempts
 
 KEYS = [
     "a b",
@@ -480,3 +486,113 @@ def test_processes_that_swap_lose_nothing(folder: Path) -> None:
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     expected = sorted(f"{number}.{win}" for number in range(3) for win in range(20))
     assert sorted(store.read("log").decode().split()) == expected
+
+
+class _Clock:
+    """Of a machine on which nothing takes time but sleep."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class TestPatience:
+    """How long a server is waited for that does not answer."""
+
+    SETTINGS = S3Settings(attempts=4, patience_s=120)
+
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> _Clock:
+        clock = _Clock()
+        monkeypatch.setattr(cbir.storage.retry, "time", clock)
+        monkeypatch.setattr(cbir.storage.retry, "_answering", set())
+        return clock
+
+    def test_one_that_never_answered_is_soon_given_up(self, clock: _Clock) -> None:
+        answered("http://other")
+        assert list(attempts(self.SETTINGS, "http://this")) == [0, 1, 2, 3]
+        assert clock.now < 2
+
+    @pytest.mark.parametrize("endpoint", ["http://this", EVERYWHERE])
+    def test_one_that_answered_is_waited_for(self, clock: _Clock, endpoint: str) -> None:
+        answered(endpoint)
+        assert len(list(attempts(self.SETTINGS, "http://this"))) > 20
+        assert 120 <= clock.now <= 120 + self.SETTINGS.longest_pause_s
+
+    def test_what_takes_long_is_tried_as_often_as_is_asked(self, clock: _Clock) -> None:
+        answered("http://this")
+        assert sum(clock.sleep(100) is None for _ in attempts(self.SETTINGS, "http://this")) == 4
+
+    def test_one_that_was_given_up_is_not_waited_for_again_until_it_answers(self) -> None:
+        def tried() -> int:
+            return len(list(attempts(self.SETTINGS, "http://this")))
+
+        answered("http://this")
+        assert (tried() > 20, tried()) == (True, 4)
+        answered("http://this")
+        assert tried() > 20
+
+
+class _Client:
+    """Of a server that takes its credentials, or does not."""
+
+    meta = SimpleNamespace(endpoint_url="http://simulated")
+
+    def __init__(self, code: str = "") -> None:
+        self.code = code
+
+    def get_object(self, **_: str) -> dict[str, Any]:
+        self._sign("GetObject")
+        return {"ETag": '"tag"', "Body": io.BytesIO(b"data")}
+
+    def put_object(self, **_: str) -> None:
+        self._sign("PutObject")
+
+    def _sign(self, operation: str) -> None:
+        if self.code:
+            answer = {"Error": {"Code": self.code}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+            raise ClientError(answer, operation)  # type: ignore[arg-type]
+
+
+class TestRenewedCredentials:
+    """They are read again where they are refused after they were taken."""
+
+    @pytest.fixture
+    def clients(self, monkeypatch: pytest.MonkeyPatch) -> list[_Client]:
+        """Those that are made, in their order."""
+        clients = [_Client(), _Client()]
+        waiting = iter(clients)
+        monkeypatch.setattr(cbir.storage.s3, "_client", lambda *_: next(waiting))
+        return clients
+
+    @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
+    def test_a_request_is_repeated_with_them(self, clients: list[_Client], code: str) -> None:
+        store = open_store("s3://bucket/store")
+        assert store.read("key") == b"data"
+        clients[0].code = code
+        assert store.read("key") == b"data"
+        assert store.create("key", b"other")
+
+    def test_a_conditional_write_is_repeated_with_them(self, clients: list[_Client]) -> None:
+        store = open_store("s3://bucket/store")
+        store.write("key", b"data")
+        clients[0].code = "ExpiredToken"
+        assert store.create("key", b"data")
+
+    def test_once(self, clients: list[_Client]) -> None:
+        store = open_store("s3://bucket/store")
+        store.write("key", b"data")
+        for client in clients:
+            client.code = "ExpiredToken"
+        with pytest.raises(StorageError, match=r"ExpiredToken.*wrong or expired, see AWS_ACCESS_KEY_ID"):
+            store.read("key")
+
+    def test_wrong_ones_are_an_error_at_once(self, clients: list[_Client]) -> None:
+        clients[0].code = "InvalidAccessKeyId"
+        with pytest.raises(StorageError, match="wrong or expired"):
+            open_store("s3://bucket/store").read("key")

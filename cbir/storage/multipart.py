@@ -31,12 +31,11 @@ _THREADS = 4
 class Upload:
     """`size` bytes on their way to one object.
 
-    `where` names bucket and key; `call` runs a request until it succeeds or raises. The object appears with the last
-    request; what was sent of a failed upload is taken back.
+    `where` names bucket and key; `call` runs a request with a client until it succeeds or raises. The object appears
+    with the last request; what was sent of a failed upload is taken back.
     """
 
-    client: "S3Client"
-    call: Callable[[Callable[[], Any]], Any]
+    call: "Callable[[Callable[[S3Client], Any]], Any]"
     where: dict[str, Any]
     data: bytes | Path
     size: int
@@ -44,14 +43,14 @@ class Upload:
 
     def run(self) -> None:
         """Send everything, as long as it takes."""
-        started = self.call(partial(self.client.create_multipart_upload, **self.where))
+        started = self.call(lambda client: client.create_multipart_upload(**self.where))
         target = {**self.where, "UploadId": started["UploadId"]}
         try:
             parts = self._send_parts(target)
             self.call(partial(self._complete, target, parts))
         except BaseException:
             with contextlib.suppress(StorageError):
-                self.call(partial(self.client.abort_multipart_upload, **target))
+                self.call(lambda client: client.abort_multipart_upload(**target))
             raise
 
     def _send_parts(self, target: dict[str, Any]) -> "list[CompletedPartTypeDef]":
@@ -65,20 +64,20 @@ class Upload:
     def _send_part(self, target: dict[str, Any], part_bytes: int, index: int) -> "CompletedPartTypeDef":
         body = read_slice(self.data, index * part_bytes, part_bytes)
         request = {**target, "PartNumber": index + 1, "ContentMD5": content_md5(body)}
-        sent = self.call(lambda: self.client.upload_part(**request, Body=io.BytesIO(body)))
+        sent = self.call(lambda client: client.upload_part(**request, Body=io.BytesIO(body)))
         return {"ETag": sent["ETag"], "PartNumber": index + 1}
 
-    def _complete(self, target: dict[str, Any], parts: "Sequence[CompletedPartTypeDef]") -> None:
+    def _complete(self, target: dict[str, Any], parts: "Sequence[CompletedPartTypeDef]", client: "S3Client") -> None:
         try:
-            self.client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
+            client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts})
         except ClientError as error:
             # the upload is gone if an earlier attempt succeeded and its answer was lost
-            if code(error) != "NoSuchUpload" or not self._is_there():
+            if code(error) != "NoSuchUpload" or not self._is_there(client):
                 raise
 
-    def _is_there(self) -> bool:
+    def _is_there(self, client: "S3Client") -> bool:
         try:
-            return self.client.head_object(**self.where)["ContentLength"] == self.size
+            return client.head_object(**self.where)["ContentLength"] == self.size
         except ClientError:
             return False
 

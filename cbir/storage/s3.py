@@ -7,6 +7,7 @@ or is damaged on the way, and a hidden retry of a conditional write is refused b
 import hashlib
 import io
 import re
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from cbir.errors import ConfigError, ObjectMissing, StorageError
 from cbir.storage.disk import HIDDEN, disk_errors
 from cbir.storage.multipart import Upload, content_md5, read_slice
 from cbir.storage.ranged import RangedReader
-from cbir.storage.retry import S3Settings, attempts
-from cbir.storage.s3_errors import S3_ERRORS, code, explained, refused, transient
+from cbir.storage.retry import S3Settings, answered, attempts
+from cbir.storage.s3_errors import S3_ERRORS, code, explained, refused, transient, unauthorised
 from cbir.storage.store import ObjectInfo, Store
 
 if TYPE_CHECKING:
@@ -39,9 +40,12 @@ _TRANSFERS = 3  # a byte that was flipped on the way is right the next time
 class S3Store(Store):
     """Objects below `s3://bucket/prefix`.
 
-    Endpoint, region and credentials are those of boto3 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). The tag
-    of an object is its ETag without quotes. `create` and `swap` are single PUTs; where their outcome is unknown (no
-    answer, 5xx, a refusal that may be due to our own lost attempt), the object is read and its bytes decide.
+    Endpoint, region and credentials are those of boto3 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, ...). Where
+    a server no longer takes credentials that it took before, they are read again, in case that a file or a process has
+    others now, and the request is repeated.
+
+    The tag of an object is its ETag without quotes. `create` and `swap` are single PUTs; where their outcome is unknown
+    (no answer, 5xx, a refusal that may be due to our own lost attempt), the object is read and its bytes decide.
 
     The ETag of an object that was written in one part is mostly its MD5: where a server is seen to do so, whole objects
     are compared with it, because neither HTTP nor boto3 notices a byte that was flipped on the way.
@@ -55,6 +59,8 @@ class S3Store(Store):
         self._base = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{self._bucket}/{prefix}" if prefix else f"s3://{self._bucket}"
         self._client = _client(self.uri, self._settings)
+        self._is_accepted = False
+        self._renewing = threading.Lock()
         self._quoted = True
         self._bucket_seen = False
         self._tags_are_md5: bool | None = None
@@ -78,7 +84,7 @@ class S3Store(Store):
     def _pages(self, prefix: str) -> Iterator[Any]:
         request: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._base + prefix}
         while True:
-            page = self._call("", partial(self._client.list_objects_v2, **request))
+            page = self._call("", lambda client: client.list_objects_v2(**request))
             yield page
             if not page["IsTruncated"]:
                 return
@@ -86,8 +92,9 @@ class S3Store(Store):
 
     def stat(self, key: str) -> ObjectInfo:
         """The tag is the ETag."""
+        where = self._where(key)
         try:
-            head = self._call(key, partial(self._client.head_object, **self._where(key)))
+            head = self._call(key, lambda client: client.head_object(**where))
         except ObjectMissing:
             self._see_bucket()
             raise
@@ -96,7 +103,7 @@ class S3Store(Store):
     def _see_bucket(self) -> None:
         # a HEAD does not say whether the key or the whole bucket is missing
         if not self._bucket_seen:
-            self._call("", partial(self._client.head_bucket, Bucket=self._bucket))
+            self._call("", lambda client: client.head_bucket(Bucket=self._bucket))
             self._bucket_seen = True
 
     def _read(self, key: str, start: int, length: int | None) -> bytes:
@@ -134,10 +141,10 @@ class S3Store(Store):
         digests.add(digest)
         return digest == md5 or self._tags_are_md5 is False
 
-    def _body(self, key: str, request: dict[str, Any]) -> tuple[bytes, str, str | None]:
+    def _body(self, key: str, request: dict[str, Any], client: "S3Client") -> tuple[bytes, str, str | None]:
         """The bytes, the ETag, and the MD5 of the bytes if the ETag can be that."""
         try:
-            response = self._client.get_object(**request)
+            response = client.get_object(**request)
         except S3_ERRORS as error:
             if code(error) == "InvalidRange":
                 return b"", "", None
@@ -165,16 +172,17 @@ class S3Store(Store):
         """One PUT, or several parts where it is large."""
         size = len(data) if isinstance(data, bytes) else _file_size(data)
         if size > self._settings.part_bytes:
-            call: Callable[[Callable[[], Any]], Any] = partial(self._call, key)
-            Upload(self._client, call, self._where(key), data, size, self._settings.part_bytes).run()
+            call: Callable[[Callable[[S3Client], Any]], Any] = partial(self._call, key)
+            Upload(call, self._where(key), data, size, self._settings.part_bytes).run()
         else:
-            self._call(key, partial(self._put, key, data if isinstance(data, bytes) else read_slice(data, 0, size)))
+            body = data if isinstance(data, bytes) else read_slice(data, 0, size)
+            self._call(key, lambda client: self._put(client, key, body))
 
-    def _put(self, key: str, data: bytes, **condition: str) -> None:
+    def _put(self, client: "S3Client", key: str, data: bytes, **condition: str) -> None:
         # as a file, a body is sent piece by piece and the time-out holds for each; as bytes, for all of it together
         body = data if len(data) <= _STREAMED_BYTES else io.BytesIO(data)
         request: dict[str, Any] = {**self._where(key), "Body": body, "ContentMD5": content_md5(data), **condition}
-        self._client.put_object(**request)
+        client.put_object(**request)
 
     def create(self, key: str, data: bytes) -> bool:
         """If-None-Match: *."""
@@ -186,13 +194,14 @@ class S3Store(Store):
 
     def _put_if(self, key: str, data: bytes, tag: str | None) -> bool:
         failure: Exception | None = None
-        for _ in attempts(self._settings):
-            quoted = self._quoted
+        for _ in attempts(self._settings, self._endpoint):
+            quoted, client = self._quoted, self._client
             try:
-                self._put(key, data, **_condition(tag, quoted))
+                self._put(client, key, data, **_condition(tag, quoted))
+                self._note_acceptance()
                 return True
             except S3_ERRORS as error:
-                if not transient(error) and not refused(error):
+                if not (transient(error) or refused(error) or self._has_renewed(client, error)):
                     raise self._explained(error, key) from error
                 failure = error
             found, found_tag = self._find(key)
@@ -213,8 +222,9 @@ class S3Store(Store):
 
     def delete(self, key: str) -> None:
         """Unconditional."""
+        where = self._where(key)
         try:
-            self._call(key, partial(self._client.delete_object, **self._where(key)))
+            self._call(key, lambda client: client.delete_object(**where))
         except ObjectMissing:
             return
 
@@ -227,21 +237,46 @@ class S3Store(Store):
             raise StorageError(f"{self.uri}: an empty key")
         return {"Bucket": self._bucket, "Key": self._base + key}
 
-    def _call(self, key: str, action: Callable[[], T]) -> T:
+    def _call(self, key: str, action: "Callable[[S3Client], T]") -> T:
         """The result of an action that may be repeated, tried until it succeeds or cannot."""
         failure: Exception | None = None
-        for _ in attempts(self._settings):
+        for _ in attempts(self._settings, self._endpoint):
+            client = self._client
             try:
-                return action()
+                result = action(client)
             except S3_ERRORS as error:
-                if not transient(error):
+                if refused(error):
+                    self._note_acceptance()
+                if not (transient(error) or self._has_renewed(client, error)):
                     raise self._explained(error, key) from error
                 failure = error
+            else:
+                self._note_acceptance()
+                return result
         assert failure is not None
         raise self._explained(failure, key) from failure
 
+    @property
+    def _endpoint(self) -> str:
+        return self._client.meta.endpoint_url
+
+    def _note_acceptance(self) -> None:
+        self._is_accepted = True
+        answered(self._endpoint)
+
+    def _has_renewed(self, client: "S3Client", error: Exception) -> bool:
+        """Whether there is a client with credentials that were read after those that this one was refused with."""
+        if not unauthorised(error):
+            return False
+        with self._renewing:
+            if self._client is client:
+                if not self._is_accepted:
+                    return False
+                self._client, self._is_accepted = _client(self.uri, self._settings), False
+        return True
+
     def _explained(self, error: Exception, key: str) -> StorageError:
-        return explained(error, self.place(key) if key else self.uri, self._client.meta.endpoint_url)
+        return explained(error, self.place(key) if key else self.uri, self._endpoint)
 
 
 def _client(uri: str, settings: S3Settings) -> "S3Client":

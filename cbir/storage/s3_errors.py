@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError, ProtocolError
 from cbir.errors import ObjectMissing, StorageError, UnsafeStore
 from cbir.storage.credentials import redacted
 
-__all__ = ["S3_ERRORS", "code", "explained", "refused", "transient"]
+__all__ = ["S3_ERRORS", "code", "explained", "refused", "transient", "unauthorised"]
 
 S3_ERRORS: Final = (BotoCoreError, ClientError, HTTPError, ResponseParserError)
 """All that a call of the client may raise."""
@@ -67,6 +67,13 @@ def refused(error: Exception) -> bool:
     return code(error) in _REFUSED
 
 
+def unauthorised(error: Exception) -> bool:
+    """Whether other credentials may help; servers do not tell well between expired, revoked and insufficient ones."""
+    if isinstance(error, ClientError):
+        return code(error) in _BAD_CREDENTIALS or _status(error) in (401, 403)
+    return isinstance(error, _NO_CREDENTIALS)
+
+
 def explained(error: Exception, place: str, endpoint: str) -> StorageError:
     """The error that the user sees: the URI, what happened, and what to do; without a password in the endpoint."""
     found = _explained(error, place, endpoint)
@@ -107,8 +114,9 @@ def _answered(error: ClientError, place: str, endpoint: str) -> StorageError:
     if name in _FULL or status == 507:
         return StorageError(f"{place}: {said}; the store is full, free some space or raise the quota, and run again")
     if status in (401, 403):
-        return StorageError(f"{place}: {said}; these credentials may not do this, allow s3:ListBucket, s3:GetObject, "
-                            "s3:PutObject and s3:DeleteObject, or use others")  # fmt: skip
+        or_worse = "are wrong or expired, or " if name == "403" else ""  # the answer to a HEAD says no more
+        return StorageError(f"{place}: {said}; these credentials {or_worse}may not do this, allow s3:ListBucket, "
+                            "s3:GetObject, s3:PutObject and s3:DeleteObject, or use others")  # fmt: skip
     return _rare(name, status, place, said)
 
 

@@ -30,6 +30,19 @@ class Radosgw:
     def _pids(self) -> list[str]:
         return (self.folder / "pids").read_text().split()
 
+    def add_key(self, access_key: str, secret_key: str) -> None:
+        """Let its user sign with this key, too."""
+        self._administer("create", access_key, f"--secret-key={secret_key}")
+
+    def remove_key(self, access_key: str) -> None:
+        """Take no more requests that are signed with this key."""
+        self._administer("rm", access_key)
+
+    def _administer(self, action: str, access_key: str, *more: str) -> None:
+        command = ["radosgw-admin", "key", action, "--uid=cbir", "--key-type=s3", f"--access-key={access_key}", *more]
+        environment = {**os.environ, "CEPH_CONF": str(self.folder / "ceph.conf")}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=_PATIENCE_S)
+
     def kill(self) -> list[str]:
         """SIGKILL the gateway, not the disk behind it; returns the command that starts it again."""
         pid = self._pids[-1]

@@ -4,9 +4,11 @@ import hashlib
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-from cbir.config import parse_config
+from cbir.config import Config, parse_config
 from cbir.storage import Store, open_store
 from cbir.verification import check_files
 from cbir.versions import Versions
@@ -18,6 +20,7 @@ __all__ = [
     "Recorder",
     "assert_current_is_whole",
     "assert_goes_on_after_kill",
+    "run_in_child",
     "run_until_killed",
     "spawned",
     "stages_of",
@@ -46,16 +49,22 @@ def stages_of(store: Store) -> dict[str, str]:
 
 def run_until_killed(settings: dict[str, Any], failpoint: str) -> None:
     """Index in a child process that dies at the failpoint."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "CBIR_"))}
-    child = spawned.Process(target=_run, args=(settings, {**environment, "CBIR_FAILPOINT": failpoint}))
-    child.start()
-    child.join(120)
+    child = run_in_child(index, settings, failpoint)
     assert child.exitcode == -signal.SIGKILL, f"{failpoint} was never reached"
 
 
-def _run(settings: dict[str, Any], environment: dict[str, str]) -> None:
+def run_in_child(command: Callable[[Config], Any], settings: dict[str, Any], failpoint: str) -> BaseProcess:
+    """A child process that has run a command with these settings and this CBIR_FAILPOINT."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "CBIR_"))}
+    child = spawned.Process(target=_run, args=(command, settings, {**environment, "CBIR_FAILPOINT": failpoint}))
+    child.start()
+    child.join(120)
+    return child
+
+
+def _run(command: Callable[[Config], Any], settings: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    index(parse_config(settings, "the child"))
+    command(parse_config(settings, "the child"))
 
 
 def assert_goes_on_after_kill(settings: dict[str, Any], failpoint: str, undisturbed: dict[str, str]) -> None:

@@ -46,6 +46,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Short time-outs and pauses, and a cache of the test's own."""
     monkeypatch.setenv("CBIR_S3_READ_S", "0.5")
     monkeypatch.setenv("CBIR_S3_ATTEMPTS", str(ATTEMPTS))
+    monkeypatch.setenv("CBIR_S3_PATIENCE_S", "0.01")
     monkeypatch.setenv("CBIR_S3_PAUSE_S", "0.01")
     monkeypatch.setenv("CBIR_CACHE", str(tmp_path / "cache"))
 

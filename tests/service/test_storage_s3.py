@@ -16,7 +16,9 @@ from tests.test_storage import StoreLaws, keys, race
 
 pytestmark = pytest.mark.service
 
-IMPATIENT = S3Settings(connect_s=1, read_s=0.5, attempts=4, pause_s=0.01, block_bytes=64 << 10, part_bytes=5 << 20)
+IMPATIENT = S3Settings(
+    connect_s=1, read_s=0.5, attempts=4, patience_s=0.01, pause_s=0.01, block_bytes=64 << 10, part_bytes=5 << 20
+)
 PATIENT = S3Settings(pause_s=0.01, part_bytes=5 << 20)
 DATA = os.urandom(200_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

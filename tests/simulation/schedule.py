@@ -43,7 +43,7 @@ __all__ = ["Schedule", "in_simulation"]
 
 PIECES = 5
 DAY_S = 86_400.0
-SETTINGS = S3Settings(attempts=4)
+SETTINGS = S3Settings(attempts=4, patience_s=0.01)
 
 
 class Schedule:
@@ -367,7 +367,7 @@ def in_simulation() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cbir.artifacts, "json", SimpleNamespace(dumps=dumps, loads=json.loads))
         patch.setattr(cbir.storage.s3, "_client", lambda *_: Client(Schedule.current.server))
-        patch.setattr(cbir.storage.retry, "time", SimpleNamespace(sleep=sleep))
+        patch.setattr(cbir.storage.retry, "time", SimpleNamespace(sleep=sleep, monotonic=monotonic))
         patch.setattr(cbir.storage.retry, "_jitter", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
         patch.setattr(cbir.lease, "time", SimpleNamespace(sleep=sleep, monotonic=monotonic, time=wall))
         patch.setattr(cbir.lease, "threading", SimpleNamespace(Event=_Event, Thread=_Thread))
