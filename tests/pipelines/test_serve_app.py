@@ -46,7 +46,8 @@ def port(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(folder / "serve.yaml"), "--app-dir", str(PROJECT)]
     log = folder / "log"
     with log.open("w") as opened:
-        process = subprocess.Popen(command, stdout=opened, stderr=opened, env=os.environ | {TOKEN_VARIABLE: "secret"})
+        environment = os.environ | {TOKEN_VARIABLE: "secret", "RAY_ADDRESS": "local"}  # not that of another test
+        process = subprocess.Popen(command, stdout=opened, stderr=opened, env=environment, start_new_session=True)
     try:
         end = time.monotonic() + 180
         while status_of(number) != 200:
@@ -56,7 +57,11 @@ def port(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield number
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(180)
+        try:
+            process.wait(180)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started, should it not have ended
 
 
 def small_config(store: str, port: int) -> Any:
