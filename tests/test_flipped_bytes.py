@@ -14,21 +14,8 @@ from cbir.storage import Store, open_store
 from cbir.verification import check_files
 from cbir.versions import Versions
 from pipelines.indexing import index
+from tests.two_channels import CHANNELS
 
-CHANNELS = {
-    "whole": {
-        "extractor": {"name": "sift", "max_features": 40},
-        "encoders": [{"name": "rootsift"}, {"name": "vlad", "words": 4}, {"name": "pca", "dim": 16}],
-        "index": {"name": "ivfpq", "lists": 2, "bytes": 8, "bits": 4},
-        "keep_features": True,
-    },
-    "words": {
-        "extractor": {"name": "sift", "max_features": 40},
-        "encoders": [{"name": "rootsift"}],
-        "index": {"name": "asmk", "words": 16},
-        "keep_signatures": True,
-    },
-}
 SEEDS = range(3)
 
 

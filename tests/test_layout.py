@@ -123,19 +123,6 @@ class TestFeatureFile:
         assert read.counts.tolist() == [0, 1, 0, 1, 0]
         assert np.array_equal(read.descriptors, known.take(np.array([2, 0])).descriptors)
 
-    def test_labels_are_those_of_the_rows(self, tmp_path: Path) -> None:
-        IdMap.write(tmp_path / "ids.arrow", id_rows([3, 8, 1 << 61]))
-        ids = IdMap(tmp_path / "ids.arrow")
-        labels = ids.labels(np.array([1 << 61, 3]))
-        assert labels.by_id == {1 << 61: (f"{1 << 61}.jpg", [3, 4]), 3: ("3.jpg", [3, 4])}
-        assert ids.label(8) == ("8.jpg", 3, 4)
-        both = Labels.concatenate([labels, ids.labels(np.array([8])), Labels.none()])
-        assert both.by_id == labels.by_id | {8: ("8.jpg", [3, 4])}
-        assert Labels.concatenate([]).by_id == {}
-        for wanted in (0, 5, 1 << 62):
-            with pytest.raises(ArtifactError, match=f"image id {wanted} is in the index but not in its id map"):
-                ids.label(wanted)
-
     def test_may_be_empty(self, tmp_path: Path) -> None:
         nothing = features([5], np.random.default_rng(2)).take(np.empty(0, np.int64))
         assert FeatureFile.write(tmp_path / "f", iter([]), nothing) == 0

@@ -26,23 +26,9 @@ from pipelines.reindex import Reindexed, preview, reindex
 from pipelines.run import Silent
 from pipelines.work import Report, Task
 from tests.collection_forms import write_tar
+from tests.two_channels import CHANNELS
 
 ConfigOf = Callable[..., Config]
-
-CHANNELS = {
-    "whole": {
-        "extractor": {"name": "sift", "max_features": 60},
-        "encoders": [{"name": "rootsift"}, {"name": "vlad", "words": 8}, {"name": "pca", "dim": 16}],
-        "index": {"name": "ivfpq", "lists": 2, "bytes": 8, "bits": 4},
-        "keep_features": True,
-    },
-    "words": {
-        "extractor": {"name": "sift", "max_features": 60},
-        "encoders": [{"name": "rootsift"}],
-        "index": {"name": "asmk", "words": 16},
-        "keep_signatures": True,
-    },
-}
 
 
 class Tally(Silent):
