@@ -128,7 +128,7 @@ class QueryPool:
     def _await_actors(self) -> None:
         num = len(self._shares) * len(self._shares[0].actors)
         try:
-            self._held(self._start_s)
+            ray.get(self._ask_versions(), timeout=self._start_s)
         except ray.exceptions.GetTimeoutError:
             raise ConfigError(
                 f"the Ray cluster had no room for {num} query actor(s) within {self._start_s:g} s: it has "
@@ -146,13 +146,20 @@ class QueryPool:
         return len(self._current.searcher.manifest.layout["partitions"])
 
     def held_versions(self) -> list[list[int]]:
-        """The versions that each actor holds now: the one in use, and older ones whose queries have not ended."""
-        return self._held()
+        """The versions that each actor holds now: the one in use, and older ones whose queries have not ended.
 
-    def _held(self, timeout_s: float | None = None) -> list[list[int]]:
-        asked = [in_care(actor.versions).remote() for share in self._shares for actor in share.actors]
-        held: list[list[int]] = ray.get(asked, timeout=timeout_s)
+        None of an actor that has died and is being started again.
+        """
+        held: list[list[int]] = []
+        for asked in self._ask_versions():
+            try:
+                held.append(ray.get(asked))
+            except ray.exceptions.RayActorError:
+                held.append([])
         return held
+
+    def _ask_versions(self) -> list[Any]:
+        return [in_care(actor.versions).remote() for share in self._shares for actor in share.actors]
 
     def refresh(self) -> bool:
         """Swap to the version that CURRENT names; False if it is the one in use. Queries go on meanwhile.

@@ -1,6 +1,5 @@
 """The pool of query actors: the answers of one process, from one version at a time, through swaps and deaths."""
 
-import contextlib
 import os
 import pickle
 import signal
@@ -91,11 +90,9 @@ def opening_of(store: str) -> Opening:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Until something holds; what is asked of a dead actor meanwhile is no answer."""
     for _ in range(600):
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            if holds():
-                return
+        if holds():
+            return
         time.sleep(0.1)
     raise AssertionError("it never came to hold")
 
@@ -244,7 +241,9 @@ def test_an_actor_that_dies_is_started_again(
     pool: QueryPool, expected: dict[int, dict[str, list[Result]]], pictures: dict[str, bytes]
 ) -> None:
     os.kill(pid_of(pool._shares[1].actors[0]), signal.SIGKILL)
+    wait_until(lambda: [] in pool.held_versions())
     assert pool.search(pictures[QUERIES[0]], depth=20) == expected[1][QUERIES[0]]
+    wait_until(lambda: pool.held_versions() == [[1]] * NUM_ACTORS)
 
 
 def test_partitions_are_opened_once(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
