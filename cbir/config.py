@@ -244,9 +244,10 @@ class Reindex(Spec):
     retrain: Literal["auto", "always", "never"] = "auto"
     """auto: by the figures below."""
     images: PositiveInt = 200
-    """Fewer new images since the last version decide nothing."""
+    """Fewer new images since the last version decide nothing by themselves; what all images show counts every time."""
     error: PositiveFloat = 1.25
-    """The quantisation error of new images (mean squared distance to list or word) over that of old ones, at most."""
+    """The quantisation error (mean squared distance to list or word) of new images, and of all, over that of old ones,
+    at most."""
     imbalance: PositiveFloat = 2.0
     """The imbalance factor of the lists or words of all images over that of old ones, at most."""
     entropy: PositiveFloat = 0.8

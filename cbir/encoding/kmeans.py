@@ -225,15 +225,13 @@ def kmeans_in_groups(
 
 
 def nested_parts(rows: Array, words: int, seed: int) -> Iterator[Array]:
-    """Parts of rows to begin k-means with, drawn by the seed, each within the next: first as many as words, which are
-    the words to begin with; then half of all, but at most 64 rows per word, and before it its half, and so on down to 4
-    rows per word.
+    """Parts of rows to begin k-means with, drawn by the seed, each within the next: the last is half of all, but at
+    most 64 rows per word, the one before it its half, and so on down to 4 rows per word.
 
     In the first rounds words move far, for which few rows are enough (Newling and Fleuret, Nested mini-batch k-means,
     2016). Where half of all is less than 4 rows per word, it is all rows instead, twice.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
-    yield rows[np.sort(order[:words])]
     largest = min(len(rows) // 2, START_ROWS_PER_WORD[1] * words)
     halvings = range((largest // (START_ROWS_PER_WORD[0] * words)).bit_length())
     for size in [largest >> number for number in reversed(halvings)] or [len(rows)] * 2:

@@ -10,7 +10,8 @@ import faiss
 import numpy as np
 
 from cbir.index.dense import FAISS_METRIC, Metric, array_view
-from cbir.index.quantisers import codebooks_of, nearest_centroid, nearest_centroids, ranked_centroids
+from cbir.index.nearest import nearest_centroid
+from cbir.index.quantisers import codebooks_of, nearest_centroids, ranked_centroids
 from cbir.types import Floats, Int64s, State, in_order
 
 __all__ = ["Coarse", "CoarseKind", "FlatCoarse", "HnswCoarse", "MultiIndex", "coarse_of", "restore_coarse"]

@@ -1,8 +1,6 @@
-"""Nearest centroids and product codes, with arithmetic that does not depend on the batch.
-
-A float32 matrix product may give a row other last bits in another batch, and then a near-tie falls to another centroid.
-Here float32 finds the candidates and float64 decides among those that rounding could have swapped, so that an image has
-the same list and the same code in whatever batch or shard it is encoded, at little more than the cost of float32.
+"""Ranked centroids and product codes, with arithmetic that does not depend on the batch: as in `nearest`, float32 finds
+the candidates and float64 decides among those that rounding could have swapped, so that an image has the same code in
+whatever batch or shard it is encoded.
 """
 
 import faiss
@@ -11,37 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cbir.index.dense import FAISS_METRIC, Metric, exact_scores
+from cbir.index.nearest import nearest_centroid
 from cbir.types import Floats, Int64s, in_order
 
-__all__ = ["codebooks_of", "nearest_centroid", "nearest_centroids", "product_codes", "ranked_centroids"]
+__all__ = ["codebooks_of", "nearest_centroids", "product_codes", "ranked_centroids"]
 
 _SPARE_CENTROIDS = 4
-_BLOCK_VALUES = 1 << 20
-
-
-def nearest_centroid(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
-    """The centroid (W, D) nearest to each row (K, D), the first of several equal ones; (K,)."""
-    if len(centroids) == 1 or not len(rows):
-        return np.zeros(len(rows), np.int64)
-    distances, near = faiss.knn(rows, centroids, 2, FAISS_METRIC[metric])
-    largest = np.einsum("wd,wd->w", centroids, centroids).max()
-    margins = (np.einsum("kd,kd->k", rows, rows) + largest) * (64 * np.finfo(np.float32).eps)
-    nearest, step = near[:, 0].copy(), max(1, _BLOCK_VALUES // len(centroids))
-    unsure = np.flatnonzero(np.abs(distances[:, 1] - distances[:, 0]) <= margins)
-    for some in np.array_split(unsure, -(-len(unsure) // step) or 1):
-        nearest[some] = _decide(rows[some], centroids, margins[some], metric)
-    return nearest
-
-
-def _decide(rows: Floats, centroids: Floats, margins: Floats, metric: Metric) -> Int64s:
-    """The nearest centroids of rows (K, D) in double precision, among those whose scores come so near to the best."""
-    scores = rows @ centroids.T
-    if metric == "l2":
-        scores -= np.einsum("wd,wd->w", centroids, centroids) / 2
-    owner, word = np.nonzero(scores >= (scores.max(1) - margins)[:, None])
-    exact = exact_scores(rows[owner], centroids, word[:, None], metric)[:, 0]
-    order = np.lexsort((word, -exact, owner))
-    return word[order][np.searchsorted(owner[order], np.arange(len(rows)))]
 
 
 def nearest_centroids(rows: Floats, num: int, centroids: Floats, metric: Metric) -> tuple[Int64s, Floats]:

@@ -112,10 +112,13 @@ def test_hits_are_ranked_padded_and_of_the_declared_types(index, batch, queries)
     assert hits.image_ids.dtype == np.int64
     assert hits.scores.dtype == np.float32
     assert hits.image_ids.flags.c_contiguous
-    assert (hits.image_ids >= 0).all()
-    assert np.isfinite(hits.scores).all()
-    assert np.isin(hits.image_ids, batch.image_ids).all()
-    assert all(len(set(row)) == DEPTH for row in hits.image_ids.tolist())
+    is_hit = hits.image_ids >= 0  # where a search looks into few lists, they may hold fewer vectors than asked for
+    assert is_hit[:, 0].all()
+    assert is_hit.mean() > 0.95
+    assert not np.diff(is_hit.astype(np.int8), axis=1).clip(0).any(), "nothing follows the padding"
+    assert (np.isfinite(hits.scores) == is_hit).all()
+    assert np.isin(hits.image_ids[is_hit], batch.image_ids).all()
+    assert all(len(set(row[found])) == found.sum() for row, found in zip(hits.image_ids, is_hit, strict=True))
     assert_same(Hits.ranked(hits.image_ids, hits.scores, DEPTH), hits)
 
 

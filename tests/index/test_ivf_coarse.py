@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cbir.index.coarse import FlatCoarse, HnswCoarse, MultiIndex, coarse_of, restore_coarse
-from cbir.index.quantisers import nearest_centroid
+from cbir.index.nearest import nearest_centroid
 
 
 def rows_of(num: int, seed: int, dim: int = 16) -> np.ndarray:

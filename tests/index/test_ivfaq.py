@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from cbir.errors import DataError
 from cbir.index.additive import AdditiveEncoder
 from cbir.index.ivfaq import IvfAq
-from cbir.index.quantisers import nearest_centroid
+from cbir.index.nearest import nearest_centroid
 from tests.index.test_conformance import one_each
 
 LISTS = 8

@@ -19,7 +19,6 @@ from cbir.index.dense import code_column, exact_search, merge_partitions, write_
 from cbir.index.flat import Flat
 from cbir.index.ivf import choose_lists
 from cbir.index.ivfpq import IvfPq
-from cbir.index.quantisers import nearest_centroid
 from cbir.types import FeatureBatch, Hits
 
 DIM, LISTS = 32, 12
@@ -196,22 +195,6 @@ def test_another_seed_gives_another_index():
     sample = clustered(600, 1)
     assert not np.array_equal(*(small().train(sample, seed).state()["centroids"] for seed in (1, 2)))
     assert not np.array_equal(*(small(lists=1).train(sample, seed).state()["codebooks"] for seed in (1, 2)))
-
-
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_nearest_centroid_is_exact_where_float32_cannot_tell(metric):
-    """Groups of centroids closer together than float32 can resolve, and equal ones: the first of these is taken."""
-    rng = np.random.default_rng(0)
-    centroids = np.repeat(rng.normal(size=(20, 24)), 4, axis=0) * (1 + 1e-7 * rng.integers(-2, 3, (80, 1)))
-    rows, centroids = rng.normal(size=(3000, 24)).astype(np.float32), centroids.astype(np.float32)
-    left, right = rows.astype(np.float64), centroids.astype(np.float64)
-    scores = left @ right.T if metric == "ip" else -((left[:, None] - right) ** 2).sum(2)
-    found = nearest_centroid(rows, centroids, metric)
-    np.testing.assert_allclose(scores[np.arange(3000), found], scores.max(1), rtol=1e-12)
-    first = np.array([np.flatnonzero((centroids == centroids[number]).all(1))[0] for number in found])
-    np.testing.assert_array_equal(found, first)
-    alone = np.concatenate([nearest_centroid(rows[n : n + 1], centroids, metric) for n in range(300)])
-    np.testing.assert_array_equal(found[:300], alone)
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
