@@ -68,16 +68,17 @@ def _places(rows: pa.Table) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
     return places
 
 
-def image_changes(before: Manifest, now: Manifest) -> list[ChangesTask]:
-    """The tasks that compare two versions, one per partition of the second."""
+def image_changes(before: Manifest, now: Manifest) -> tuple[list[ChangesTask], int]:
+    """The tasks that compare two versions, one per partition of the second whose id map is another than before, and how
+    many images the other partitions hold, which are the same."""
     files: Mapping[str, StoredFile] = {file.key: file for file in (*before.files, *now.files)}
     old, new = (Layout.from_json(manifest.layout).partitions for manifest in (before, now))
-    return [
-        ChangesTask.of(
-            part.low,
-            part.high,
-            [files[other.ids] for other in old if other.low < part.high and other.high > part.low],
-            files[part.ids],
-        )
-        for part in new
-    ]
+    known = {(part.low, part.high, files[part.ids].sha256) for part in old}
+    tasks, same = [], 0
+    for part in new:
+        if (part.low, part.high, files[part.ids].sha256) in known:
+            same += part.num_images
+        else:
+            earlier = [files[other.ids] for other in old if other.low < part.high and other.high > part.low]
+            tasks.append(ChangesTask.of(part.low, part.high, earlier, files[part.ids]))
+    return tasks, same

@@ -177,15 +177,15 @@ def decide(limits: Reindex, drift: Done) -> Decision:
     }
     if facts["base"] is None and facts["recall"] is None:
         return Decision("append", "nothing in it divides features among lists or words", **facts)
-    if facts["new_images"] < limits.images:
-        reason = f"{facts['new_images']} new images are too few to tell, the least is {limits.images}"
-        return Decision("append", reason, **facts)
-    measured = [*_fits(limits, *(facts[name] for name in ("base", "new", "all"))), *_recall(limits, facts["recall"])]
-    text = "; ".join(
-        f"{one.words} {one.value:.2f} (limit {one.limit:g}{', beyond it' if one.is_beyond else ''})" for one in measured
-    )
+    measured = list(_of_all(limits, facts["base"], facts["all"]))
+    reasons = [f"{facts['new_images']} new images are too few to tell by themselves, the least is {limits.images}"]
+    if facts["new_images"] >= limits.images:
+        measured += [*_of_new(limits, facts["base"], facts["new"]), *_recall(limits, facts["recall"])]
+        reasons = []
+    for one in measured:
+        reasons.append(f"{one.words} {one.value:.2f} (limit {one.limit:g}{', beyond it' if one.is_beyond else ''})")
     choice: Choice = "retrain" if any(one.is_beyond for one in measured) else "append"
-    return Decision(choice, text, figures={one.name: one.value for one in measured}, **facts)
+    return Decision(choice, "; ".join(reasons), figures={one.name: one.value for one in measured}, **facts)
 
 
 @dataclass(frozen=True)
@@ -199,24 +199,32 @@ class _Figure:
     is_beyond: bool
 
 
-def _fits(
-    limits: Reindex,
-    trained: Mapping[str, Any] | None,
-    added: Mapping[str, Any] | None,
-    together: Mapping[str, Any] | None,
+def _of_all(
+    limits: Reindex, trained: Mapping[str, Any] | None, together: Mapping[str, Any] | None
 ) -> Iterator[_Figure]:
-    if trained is None or added is None or together is None:
+    """What all images show, however few came since the version before: a little every night adds up."""
+    if trained is None or together is None:
         return
-    base, new, everything = map(Fit.from_json, (trained, added, together))
-    error = new.error / max(base.error, _TINY)
-    words = "quantisation error of new images over that of old ones"
-    yield _Figure("quantisation_error", words, error, limits.error, error > limits.error)
+    base, everything = map(Fit.from_json, (trained, together))
+    yield _error("error_of_all", "all images", everything, base, limits)
     imbalance = everything.imbalance / max(base.imbalance, _TINY)
     words = "list imbalance over that before"
     yield _Figure("list_imbalance", words, imbalance, limits.imbalance, imbalance > limits.imbalance)
     entropy = everything.entropy / max(base.entropy, _TINY)
     words = "assignment entropy over that before"
     yield _Figure("assignment_entropy", words, entropy, limits.entropy, entropy < limits.entropy)
+
+
+def _of_new(limits: Reindex, trained: Mapping[str, Any] | None, added: Mapping[str, Any] | None) -> Iterator[_Figure]:
+    if trained is not None and added is not None:
+        base, new = map(Fit.from_json, (trained, added))
+        yield _error("quantisation_error", "new images", new, base, limits)
+
+
+def _error(name: str, whose: str, fit: Fit, base: Fit, limits: Reindex) -> _Figure:
+    ratio = fit.error / max(base.error, _TINY)
+    words = f"quantisation error of {whose} over that of those trained on"
+    return _Figure(name, words, ratio, limits.error, ratio > limits.error)
 
 
 def _recall(limits: Reindex, recall: Mapping[str, float] | None) -> Iterator[_Figure]:

@@ -36,9 +36,14 @@ PLACE_S = 20.0
 
 
 class Executor(Protocol):
-    """Runs the tasks of one stage to their end."""
+    """Runs the tasks of one stage to their end, on workers that come when they are first needed."""
 
     num_workers: int
+    is_ready: bool
+
+    def start(self) -> None:
+        """Get what the workers need, such as a cluster; `run` does it too."""
+        ...
 
     def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:
         """Do all tasks on the workers of a pool; raises the first error of a task."""
@@ -53,9 +58,14 @@ class InlineExecutor:
     """Every task in this process, one after the other."""
 
     num_workers = 1
+    is_ready = False
 
     def __init__(self, store_uri: str, device: str = "cpu") -> None:
         self._worker = Worker(store_uri, device)
+
+    def start(self) -> None:
+        """It is here."""
+        self.is_ready = True
 
     def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:  # noqa: ARG002
         """Do all tasks in their order."""
@@ -93,19 +103,26 @@ class RayExecutor:
     """Actors of one pool at a time; in-flight work is bounded to one task an actor, and every task has a deadline."""
 
     def __init__(self, config: Config, deadline_s: float = 6 * 3600.0) -> None:
-        # Imported here, because a run with `workers: 0` needs no Ray.
-        from pipelines.cluster import ray, start_ray
-
-        self._started_ray = start_ray(config)
-        self._ray = ray
+        self.num_workers, self.is_ready = config.pools.extract.workers or config.workers, False
         self._config = config
         self._deadline_s = deadline_s
         self._idle: list[Any] = []
         self._pool: Pool | None = None
-        self.num_workers = config.pools.extract.workers or config.workers
+        self._ray: Any = None
+        self._started_ray = False
+
+    def start(self) -> None:
+        """Join the cluster, or start one on this machine."""
+        # Imported here, because a run that has nothing to do, or `workers: 0`, needs no Ray.
+        from pipelines.cluster import ray, start_ray
+
+        self._started_ray = start_ray(self._config)
+        self._ray, self.is_ready = ray, True
 
     def run(self, tasks: Sequence[Task], pool: Pool, on_report: OnReport, on_tick: Callable[[], None]) -> None:
         """Do all tasks, each on the next free actor, the longest first so that none is left alone at the end."""
+        if tasks and not self.is_ready:
+            self.start()
         self._use(pool)
         num_actors = pool.workers or self._config.workers
         stage = _Stage(deque(sorted(tasks, key=lambda task: task.weight, reverse=True)))

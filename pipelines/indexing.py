@@ -46,6 +46,5 @@ def begun(config: Config, owner: str, progress: Progress) -> Iterator[Run]:
         before = Before.load(store)
         shards = shards if before is None else before.as_found(shards)
         works = [channel_work(store, config, name) for name in config.channels]
-        progress.stage("workers", None)
         with contextlib.closing(executor_for(config)) as executor:
             yield Run(config, store, executor, progress, shards, works, before, held)

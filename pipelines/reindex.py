@@ -82,7 +82,8 @@ def reindex(
         for name, decision in decisions.items():
             run.progress.say(f"channel {name}: {decision.choice}, because {decision.reason}")
         candidate = run.evaluate(run.build(extracted, kept))
-        images = _added_up(run.stage("changes", image_changes(run.before.manifest, candidate)))
+        tasks, same = image_changes(run.before.manifest, candidate)
+        images = _added_up(run.stage("changes", tasks), same)
         told = {"from": run.before.manifest.version, "images": images, "channels": _json_of(decisions)}
         return Reindexed(_published(run, candidate, {"reindex": told}, hold=hold), images, decisions)
 
@@ -112,8 +113,8 @@ def _looked_at(run: Run, before: Before) -> list[ImageShard]:
     return found
 
 
-def _added_up(dones: Sequence[Done]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
+def _added_up(dones: Sequence[Done], same: int) -> dict[str, int]:
+    counts = Counter(added=0, changed=0, deleted=0, moved=0, same=same)
     for done in dones:
         counts.update(done.counts)
     return dict(counts)

@@ -284,6 +284,8 @@ class Run:
     ) -> list[Done]:
         """Do what is missing of a stage, by the `build` pool if no other is given; the records come in the order of the
         tasks."""
+        if not self.executor.is_ready:
+            self._start_workers(tasks)
         self.progress.stage(name, len(tasks))
         self.held.renew()
         found: dict[str, Done] = {}
@@ -298,6 +300,12 @@ class Run:
         distinct = list({task.fingerprint: task for task in missing}.values())
         self.executor.run(distinct, pool or self.config.pools.build, on_report, self.progress.tick)
         return [found[task.fingerprint] for task in tasks]
+
+    def _start_workers(self, tasks: Sequence[Task]) -> None:
+        """If some of these tasks are not done yet."""
+        if any(pending(self.store, tasks, lambda *_: None)):
+            self.progress.stage("workers", None)
+            self.executor.start()
 
     def _check_quarantine(self, dones: Sequence[Done], least: int = 200) -> None:
         """Stop a run that loses too many images, once it has seen enough of them to know."""

@@ -37,7 +37,7 @@ LOST_AFTER_S = 600.0
 
 _AREA = "runs/"
 _LONGEST_ERROR = 2000
-_WORKING_STAGE = "workers"
+_FIRST_STAGE = "plan"
 
 
 class WatchedRun:
@@ -114,7 +114,7 @@ class WatchedRun:
     @property
     def is_at_work(self) -> bool:
         """Whether it has come further than to look at its input."""
-        return any(stage.name == _WORKING_STAGE for stage in self.stages)
+        return any(stage.name != _FIRST_STAGE for stage in self.stages)
 
     @property
     def reused_share(self) -> float | None:

@@ -126,7 +126,7 @@ def measure(name: str, channel: Mapping[str, Any], num_images: int, share: float
 def extract_figures(store: str) -> Mapping[str, Any]:
     """What the newest run did in `extract`."""
     *_, newest = RunHistory(open_store(store)).records()
-    return next(stage for stage in newest["stages"] if stage["name"] == "extract")
+    return next(stage for stage in newest["stages"] if stage["stage"] == "extract")
 
 
 def main() -> None:

@@ -117,6 +117,14 @@ def test_what_is_taken_over_is_what_would_be_made(
         assert done.quality[name] == other.quality[name]
 
 
+def test_a_night_without_a_change_starts_no_workers(collection: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = index(collection)
+    monkeypatch.setattr("pipelines.executor.InlineExecutor.start", lambda _: pytest.fail("there is nothing to do"))
+    done = reindex(collection)
+    assert done.manifest.version == first.version
+    assert done.images == {"added": 0, "changed": 0, "deleted": 0, "moved": 0, "same": 40}
+
+
 def test_a_collection_in_other_shards_costs_no_work_on_pixels(
     collection: Config, pictures: dict[str, bytes], tars: Path
 ) -> None:
@@ -237,7 +245,7 @@ def test_the_command_says_what_it_found_and_did(
     assert "6 of 6 shards to read" in run("--dry-run")
     text = run("--report", str(tmp_path / "report"))
     assert "images: 1 added, 1 changed, 1 deleted, 0 moved, 38 same" in text
-    assert "channel words: append, because 2 new images are too few to tell, the least is 200" in text
+    assert "channel words: append, because 2 new images are too few to tell by themselves, the least is 200; " in text
     assert "version 2 of" in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Since version 1" in page
@@ -285,9 +293,10 @@ def test_images_like_those_before_are_appended_others_train_anew(vectors: Config
     assert alike.choice == "append", alike.reason
     assert alike.new_images == 500
     assert alike.base is not None
-    few = with_more(vectors, 4, 100, others).decisions["given"]
+    few = with_more(vectors, 4, 100, same).decisions["given"]
     assert (few.choice, few.base) == ("append", alike.base), "what it was trained on is measured once"
-    assert "100 new images are too few to tell, the least is 200" in few.reason
+    assert "100 new images are too few to tell by themselves, the least is 200" in few.reason
+    assert "quantisation_error" not in few.figures
     other = with_more(vectors, 5, 500, others)
     assert other.decisions["given"].choice == "retrain"
     assert "(limit 1.25, beyond it)" in other.decisions["given"].reason
@@ -295,6 +304,18 @@ def test_images_like_those_before_are_appended_others_train_anew(vectors: Config
     after = with_more(vectors, 6, 500, others).decisions["given"]
     assert after.new is not None
     assert after.new["error"] < other.decisions["given"].new["error"], "by the new codebooks"
+
+
+def test_a_few_others_every_night_add_up(vectors: Config) -> None:
+    index(vectors)
+    others = np.random.default_rng(10).standard_normal((16, DIM))
+    nights = [with_more(vectors, 3 + night, 2, others).decisions["given"] for night in range(5)]
+    assert {night.new_images for night in nights} == {2}
+    choices = [night.choice for night in nights]
+    assert choices[0] == "append"
+    assert choices.count("retrain") == 1, "and then it fits again"
+    beyond = nights[choices.index("retrain")]
+    assert beyond.figures["error_of_all"] > vectors.reindex.error
 
 
 def test_whether_to_train_can_be_said(vectors: Config) -> None:
