@@ -51,6 +51,9 @@ ID_BYTES = 128
 
 _BATCH_IMAGES = 256
 
+_FEW = 64
+"""Texts that are read one by one, sooner than Arrow's kernels take them."""
+
 
 @dataclass(frozen=True)
 class ChannelLayout:
@@ -157,6 +160,7 @@ class IdMap:
         self.image_ids: Int64s = self.table.column("image_id").to_numpy()
         self._columns = {name: _one_chunk(self.table.column(name)) for name in self.table.column_names}
         self._keys, self._sides = self._columns["key"], [self._columns[name].to_numpy() for name in ("height", "width")]
+        self._texts = _Texts(self._keys)
 
     @staticmethod
     def write(path: Path, table: pa.Table) -> None:
@@ -180,21 +184,37 @@ class IdMap:
         """What results show of these images, in this order."""
         positions = self._positions(image_ids)
         sizes = np.stack([side[positions] for side in self._sides], axis=1)
-        return Labels(image_ids, self._keys.take(positions).to_pylist(), sizes)
+        few = len(positions) <= _FEW
+        keys = self._texts.at(positions.tolist()) if few else self._keys.take(positions).to_pylist()
+        return Labels(image_ids, keys, sizes)
 
     def label(self, image_id: int) -> tuple[str, int, int]:
-        """Key, height and width of one image, at a tenth of what Arrow's kernels cost for one."""
+        """Key, height and width of one image, at a tenth of what the kernels for many cost for one."""
         at = int(self.image_ids.searchsorted(image_id))
         if at == len(self.image_ids) or self.image_ids[at] != image_id:
             raise _not_there(image_id)
         height, width = self._sides
-        return self._keys[at].as_py(), height.item(at), width.item(at)
+        return self._texts.at([at])[0], height.item(at), width.item(at)
 
     def _positions(self, image_ids: Int64s) -> Int64s:
         positions, found = _positions(self.image_ids, image_ids)
         if not found.all():
             raise _not_there(int(image_ids[~found][0]))
         return positions
+
+
+class _Texts:
+    """Values of a column of strings, which are read where they lie at a tenth of what Arrow takes for a few."""
+
+    def __init__(self, column: pa.StringArray) -> None:
+        _, offsets, values = column.buffers()
+        self._ends = np.frombuffer(offsets, np.int32)[column.offset :]
+        self._values = memoryview(values if values is not None else b"")
+
+    def at(self, positions: Sequence[int]) -> list[str]:
+        """In this order."""
+        item, values = self._ends.item, self._values
+        return [str(values[item(position) : item(position + 1)], "utf-8") for position in positions]
 
 
 class FeatureFile:

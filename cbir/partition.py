@@ -195,6 +195,8 @@ class Partitions:
         wanted = image_ids[image_ids >= 0]
         if len(image_ids) > 1:
             wanted = np.unique(wanted)
+        if len(self._ids) == 1:
+            return self._ids[0].labels(wanted)
         if len(wanted) <= _FEW:
             owners = [self._ids[bisect.bisect_right(self._edges, image) - 1] for image in wanted.tolist()]
             rows = [owner.label(image) for owner, image in zip(owners, wanted.tolist(), strict=True)]

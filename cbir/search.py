@@ -343,8 +343,11 @@ def _one_row_each(vectors: Floats) -> FeatureBatch:
     """Query vectors (Q, D) as queries of one row each; DataError if they are none."""
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
         raise DataError(f"query vectors must be numbers of shape (Q, D), found {vectors.dtype} {vectors.shape}")
-    with np.errstate(over="ignore"):
-        rows = np.ascontiguousarray(vectors, np.float32)
+    if vectors.dtype == np.float32:
+        rows = np.ascontiguousarray(vectors)
+    else:
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(vectors, np.float32)
     if not np.isfinite(rows).all():
         broken = np.flatnonzero(~np.isfinite(rows).all(1))
         raise DataError(f"query vector {broken[0]} has NaN or infinite values")
