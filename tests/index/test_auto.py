@@ -19,7 +19,8 @@ from cbir.index.ivfpq import IvfPq
 from cbir.index.refine import RefinableFile
 from cbir.index.scalar import bytes_of
 from cbir.types import FeatureBatch
-from tests.index.test_conformance import DIM, SEED, assert_same, descriptors, one_each
+from tests.index.test_conformance import SEED
+from tests.index.vectors import DIM, assert_same, descriptors, one_each
 
 ALL = [Flat(), IvfFlat(code="float16"), IvfFlat(code="sq8"), *candidates(DIM, 8, "ip"), *candidates(DIM, 80, "ip")[2:]]
 SMALL = {"lists": 8, "probes": 2, "iterations": 3}

@@ -17,35 +17,15 @@ import cbir.index  # noqa: F401 - registers the indexes
 from cbir.errors import ArtifactError, DataError
 from cbir.spec import methods, one_of
 from cbir.types import FeatureBatch, Hits
+from tests.index.vectors import DIM, assert_same, descriptors, one_each
 
 INDEXES = {name: spec for name, spec in methods("index").items() if not spec.local}
-DIM, SEED, DEPTH = 32, 7, 12
+SEED, DEPTH = 7, 12
 
 
 def spec_of(name: str) -> Any:
     fields = INDEXES[name].model_fields
     return INDEXES[name](**{key: field.examples[0] for key, field in fields.items() if field.is_required()})
-
-
-def descriptors(counts: list[int], seed: int, first_id: int = 0) -> FeatureBatch:
-    """Unit vectors in a few clusters, with a zero vector and repeated vectors, ids neither dense nor sorted."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(20, DIM))
-    rows = centres[rng.integers(0, 20, sum(counts))] + 0.5 * rng.normal(size=(sum(counts), DIM))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    if len(rows) > 9:
-        rows[3], rows[5], rows[7] = 0, rows[4], rows[4]
-    ids = first_id + 10**12 + 3 * rng.permutation(len(counts))
-    return FeatureBatch(ids.astype(np.int64), np.concatenate([[0], np.cumsum(counts)]), rows.astype(np.float32))
-
-
-def one_each(num_images: int, seed: int, first_id: int = 0) -> FeatureBatch:
-    return descriptors([1] * num_images, seed, first_id)
-
-
-def assert_same(left: Hits, right: Hits) -> None:
-    np.testing.assert_array_equal(left.image_ids, right.image_ids)
-    np.testing.assert_array_equal(left.scores, right.scores)
 
 
 def stacked(hits: list[Hits]) -> Hits:

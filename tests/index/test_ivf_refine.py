@@ -14,8 +14,8 @@ from cbir.errors import ArtifactError
 from cbir.index.dense import code_column, exact_search
 from cbir.index.ivfpq import IvfPq
 from cbir.types import FeatureBatch, Hits
-from tests.index.test_conformance import DIM, assert_same, descriptors, one_each
 from tests.index.test_ivfpq import recall, sift
+from tests.index.vectors import DIM, assert_same, descriptors, one_each
 
 LISTS = 12
 

@@ -14,7 +14,6 @@ from cbir.index.ivfrabitq import IvfRabitq
 from cbir.types import Hits
 from tests.index.test_conformance import (  # noqa: F401 - the tests and their fixtures run here again
     DEPTH,
-    assert_same,
     batch,
     index,
     queries,
@@ -37,6 +36,7 @@ from tests.index.test_conformance import (  # noqa: F401 - the tests and their f
     test_the_size_of_an_entry_is_what_a_partition_grows_by,
     test_wrong_input_is_refused_with_its_place,
 )
+from tests.index.vectors import assert_same
 
 VARIANTS: dict[str, Any] = {
     "half": IvfFlat(code="float16"),

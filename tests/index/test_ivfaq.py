@@ -11,7 +11,7 @@ from cbir.errors import DataError
 from cbir.index.additive import AdditiveEncoder
 from cbir.index.ivfaq import IvfAq
 from cbir.index.nearest import nearest_centroid
-from tests.index.test_conformance import one_each
+from tests.index.vectors import one_each, scores_by_image, words_of
 
 LISTS = 8
 KINDS = ["residual", "local_search", "product_residual"]
@@ -49,11 +49,7 @@ def decoded(index, entries, bits: int) -> np.ndarray:
     """What entries say: centroid and the sum of the words."""
     state, lists = index.state(), entries["list"].to_numpy()
     books = whole_words(state["codebooks"])
-    codes = np.frombuffer(b"".join(entries["code"].to_pylist()), np.uint8).reshape(len(lists), -1)
-    flags = np.unpackbits(codes, axis=1, bitorder="little")[:, : len(books) * bits].reshape(
-        len(lists), len(books), bits
-    )
-    words = flags @ (1 << np.arange(bits))
+    words = words_of(entries, len(books), bits)
     return state["centroids"][lists] + sum(book[words[:, number]] for number, book in enumerate(books))
 
 
@@ -66,10 +62,9 @@ def test_the_score_is_that_of_the_sum_of_words(kind, metric, sample, base, queri
     stored = decoded(index, entries, 4)
     assert ((stored - base.descriptors) ** 2).sum(1).mean() < 0.5 * (base.descriptors.var(0)).sum()
     hits = index.build(entries).search(queries, 300)
-    by_image = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
     rows, stored = queries.descriptors, stored[np.argsort(base.image_ids)]
     scores = rows @ stored.T if metric == "ip" else -((rows[:, None] - stored) ** 2).sum(2)
-    np.testing.assert_allclose(by_image, scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores_by_image(hits), scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from cbir.index.codes import inverted_file
 from cbir.index.dense import exact_search, write_index
 from cbir.index.ivfflat import IvfFlat
 from cbir.types import FeatureBatch, Hits
-from tests.index.test_conformance import assert_same, descriptors, one_each
+from tests.index.vectors import assert_same, descriptors, one_each
 
 LISTS = 20
 

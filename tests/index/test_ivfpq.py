@@ -20,6 +20,7 @@ from cbir.index.flat import Flat
 from cbir.index.ivf import choose_lists
 from cbir.index.ivfpq import IvfPq
 from cbir.types import FeatureBatch, Hits
+from tests.index.vectors import scores_by_image
 
 DIM, LISTS = 32, 12
 
@@ -84,8 +85,7 @@ def test_all_lists_probed_is_the_distance_to_what_the_code_says(spec, index, bat
     distances = ((rotated[:, None] - stored) ** 2).sum(2)
     scores = rotated @ stored.T if spec.metric == "ip" else -distances
     hits = with_probes(spec, index, 16).build(entries).search(queries, 700)
-    by_image = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
-    np.testing.assert_allclose(by_image, scores[:, np.argsort(batch.image_ids)], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores_by_image(hits), scores[:, np.argsort(batch.image_ids)], rtol=1e-4, atol=1e-4)
 
 
 def test_shards_together_are_a_plain_faiss_index(spec, index, batch, queries, tmp_path):
@@ -303,7 +303,7 @@ def test_a_fast_scan_finds_what_tables_of_floats_find(fields, batch, queries):
     by_image = {}
     for spec in (plain, fast):
         hits = spec.restore(index.state()).build(entries).search(queries, 700)
-        by_image[spec.fast_scan] = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
+        by_image[spec.fast_scan] = scores_by_image(hits)
     spread = by_image[False].max() - by_image[False].min()
     np.testing.assert_allclose(by_image[True], by_image[False], atol=spread / 50)
     assert not np.array_equal(by_image[True], by_image[False]), "tables have 8 bits"

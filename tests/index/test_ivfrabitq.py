@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from cbir.index.codes import inverted_file
 from cbir.index.ivfrabitq import IvfRabitq
-from tests.index.test_conformance import one_each
+from tests.index.vectors import one_each, scores_by_image
 
 LISTS = 8
 
@@ -37,10 +37,9 @@ def errors(spec: IvfRabitq, sample, base, queries) -> np.ndarray:
     """Estimated minus true scores (Q, N)."""
     index = spec.train(sample, 3)
     hits = index.build(index.entries(base)).search(queries, 300)
-    by_image = np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
     rows, vectors = queries.descriptors, base.descriptors[np.argsort(base.image_ids)]
     scores = rows @ vectors.T if spec.metric == "ip" else -((rows[:, None] - vectors) ** 2).sum(2)
-    return by_image - scores
+    return scores_by_image(hits) - scores
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])

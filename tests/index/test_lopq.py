@@ -13,8 +13,8 @@ from cbir.index.index import Index
 from cbir.index.ivfpq import IvfPq
 from cbir.index.lopq import Lopq, LopqPartition, local_rotations, parametric_rotation, rotated
 from cbir.types import FeatureBatch, Floats, Hits
-from tests.index.test_conformance import assert_same, one_each
 from tests.index.test_pq import assert_ties_by_id
+from tests.index.vectors import assert_same, one_each, scores_by_image, words_of
 
 LISTS = 8
 
@@ -26,16 +26,9 @@ def small(**fields: Any) -> Lopq:
 def decoded(index: Index, entries: pa.Table, bits: int) -> Floats:
     """What entries say: the centroid, and the words turned back by the rotation of the list."""
     state, lists = index.state(), entries["list"].to_numpy()
-    codes = np.frombuffer(b"".join(entries["code"].to_pylist()), np.uint8).reshape(len(lists), -1)
-    num_parts = len(state["codebooks"])
-    flags = np.unpackbits(codes, axis=1, bitorder="little")[:, : num_parts * bits].reshape(-1, num_parts, bits)
-    words = flags @ (1 << np.arange(bits))
+    words = words_of(entries, len(state["codebooks"]), bits)
     residuals = np.concatenate([book[words[:, part]] for part, book in enumerate(state["codebooks"])], axis=1)
     return state["centroids"][lists] + np.einsum("nij,ni->nj", state["rotations"][lists], residuals)
-
-
-def by_image(hits: Hits) -> np.ndarray:
-    return np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
 
 
 def crossed(num: int, seed: int) -> FeatureBatch:
@@ -72,7 +65,9 @@ def test_the_score_is_that_of_the_decoded_vector(metric, sample, base, queries):
     assert ((stored - base.descriptors) ** 2).sum(1).mean() < 0.2 * base.descriptors.var(0).sum()
     rows, stored = queries.descriptors, stored[np.argsort(base.image_ids)]
     expected = rows @ stored.T if metric == "ip" else -((rows[:, None] - stored) ** 2).sum(2)
-    np.testing.assert_allclose(by_image(index.build(entries).search(queries, 300)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        scores_by_image(index.build(entries).search(queries, 300)), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
@@ -85,7 +80,7 @@ def test_with_one_list_and_its_rotation_it_is_opq(metric, sample, base, queries)
     entries, expected = local.entries(base), opq.entries(base)
     assert entries["code"].equals(expected["code"])
     hits, theirs = (each.build(expected).search(queries, 300) for each in (local, opq))
-    np.testing.assert_allclose(by_image(hits), by_image(theirs), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores_by_image(hits), scores_by_image(theirs), rtol=1e-5, atol=1e-5)
 
 
 def test_with_one_list_it_is_trained_as_parametric_opq(sample):
@@ -98,7 +93,7 @@ def test_with_one_list_it_is_trained_as_parametric_opq(sample):
 def test_few_probes_look_into_the_nearest_lists_only(sample, base, queries):
     index = small(probes=2).train(sample, 3)
     entries = index.entries(base)
-    every = by_image(small().restore(index.state()).build(entries).search(queries, 300))
+    every = scores_by_image(small().restore(index.state()).build(entries).search(queries, 300))
     nearest = np.argsort(-queries.descriptors @ index.state()["centroids"].T, axis=1)[:, :2]
     hits = index.build(entries).search(queries, 300)
     lists, ids = entries["list"].to_numpy(), np.sort(base.image_ids)

@@ -15,6 +15,7 @@ from cbir.index.dense import exact_search, merge_partitions, write_index
 from cbir.index.flat import Flat
 from cbir.index.pq import Pq, PqIndex
 from cbir.types import FeatureBatch, Floats, Hits
+from tests.index.vectors import scores_by_image, words_of
 
 DIM = 32
 
@@ -30,22 +31,14 @@ def small(**fields: Any) -> Pq:
     return Pq(**{"bytes": 8, "bits": 5, "iterations": 5, **fields})
 
 
-def words_of(index: PqIndex, batch: FeatureBatch, bits: int) -> np.ndarray:
-    """The centroid numbers in the entries (n, parts), unpacked by hand."""
-    packed = np.frombuffer(b"".join(index.entries(batch)["code"].to_pylist()), np.uint8)
-    unpacked = np.unpackbits(packed.reshape(len(batch), -1), axis=1, bitorder="little")
-    return np.packbits(unpacked[:, : 8 * bits].reshape(len(batch), 8, bits), axis=2, bitorder="little")[:, :, 0]
-
-
 def decoded(index: PqIndex, batch: FeatureBatch, bits: int) -> Floats:
-    words = words_of(index, batch, bits)
+    words = words_of(index.entries(batch), 8, bits)
     return np.concatenate([book[words[:, part]] for part, book in enumerate(index.state()["codebooks"])], axis=1)
 
 
 def all_scores(partition: Any, queries: FeatureBatch) -> np.ndarray:
     """(Q, n) in the order of the images' ids."""
-    hits = partition.search(queries, partition.faiss.ntotal)
-    return np.take_along_axis(hits.scores, np.argsort(hits.image_ids, axis=1), 1)
+    return scores_by_image(partition.search(queries, partition.faiss.ntotal))
 
 
 def similarity(metric: str, left: Floats, right: Floats) -> np.ndarray:
@@ -86,7 +79,7 @@ def test_adc_is_the_distance_of_the_query_to_the_decoded_vector(index, metric, b
 
 def test_adc_is_a_sum_of_table_entries(index, metric, bits, batch, queries):
     """Jégou et al. 2011, equation 13: one table entry per part."""
-    books, words = index.state()["codebooks"], words_of(index, batch, bits)
+    books, words = index.state()["codebooks"], words_of(index.entries(batch), 8, bits)
     parts = queries.descriptors.reshape(len(queries), len(books), -1)
     tables = np.stack([similarity(metric, parts[:, part], book) for part, book in enumerate(books)], axis=1)
     sums = tables[:, np.arange(len(books)), words.astype(np.int64)].sum(2)
