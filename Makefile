@@ -39,10 +39,10 @@ demo/ground_truth.csv: $(INSTALLED) pipelines/demo.py
 	$(BIN)/python -m pipelines.demo demo
 
 # In two processes, which have no terminal to take a width from; tests that start servers and clusters come last, in
-# three, because they often wait.
+# three, because they often wait, and in the order of tests/service/conftest.py.
 test: $(INSTALLED) ## run all tests
 	COLUMNS=240 $(BIN)/pytest -n 2 --dist loadfile --durations 10 --ignore tests/service
-	COLUMNS=240 $(BIN)/pytest -n 3 --dist loadfile --durations 20 tests/service
+	COLUMNS=240 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 20 tests/service
 
 lint: $(INSTALLED) ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .

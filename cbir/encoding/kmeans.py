@@ -112,8 +112,21 @@ def sampled_rows(rows: Array, words: int, seed: int) -> Array:
 
 def unit_rows(rows: Array) -> Floats:
     """Rows (n, D) at unit length, each by itself; rows of zeros stay."""
-    norms = np.sqrt(np.add.reduce(np.square(rows, dtype=np.float64), axis=1, keepdims=True))
-    return np.asarray(rows / np.where(norms > 0, norms, 1), np.float32)
+    flat = np.ascontiguousarray(rows, np.float32)
+    unit = np.empty_like(flat)
+    _scale_rows(flat, unit)
+    return unit
+
+
+@numba.njit(cache=True, nogil=True)
+def _scale_rows(rows: Floats, unit: Floats) -> None:
+    for i in range(len(rows)):
+        square = 0.0
+        for d in range(rows.shape[1]):
+            square += np.float64(rows[i, d]) * np.float64(rows[i, d])
+        norm = np.sqrt(square) if square > 0 else 1.0
+        for d in range(rows.shape[1]):
+            unit[i, d] = rows[i, d] / norm
 
 
 def common_exponent(rows: Array) -> int:

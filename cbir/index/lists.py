@@ -10,9 +10,9 @@ from cbir.encoding.scan import nearest_of
 from cbir.index.nearest import nearest_centroid
 from cbir.types import Array, Float64s, Floats, Int32s
 
-__all__ = ["BegunLists"]
+__all__ = ["EXACT_LISTS", "BegunLists"]
 
-_EXACT = 8192
+EXACT_LISTS = 8192
 """With fewer lists, a vector is compared with all of them. Of vectors without hierarchy, approximate rounds of 1,024
 lists lost a fifth of the recall, those of 8,192 none."""
 
@@ -54,7 +54,7 @@ class BegunLists:
         sample = sampled_rows(rows, lists, seed)
         placed = unit_rows(sample) if spherical else sample
         parts, exponent = list(nested_parts(placed, lists, seed)), common_exponent(placed)
-        if lists < _EXACT:
+        if lists < EXACT_LISTS:
             parts = [parts[-1]] * _FIRST_ROUNDS
             start = _spread_rows(parts[0], lists, seed)
         else:
@@ -67,7 +67,7 @@ class BegunLists:
 
     def sums(self, rows: Array) -> Sums:
         """What these rows (n, D) add to the next round."""
-        assigner = _AllLists if len(self.centroids) < _EXACT else DirectionAssigner
+        assigner = _AllLists if len(self.centroids) < EXACT_LISTS else DirectionAssigner
         return assignment_sums(unit_rows(rows) if self.spherical else rows, assigner(self.centroids), self.exponent)
 
     def after(self, sums: Sums) -> "BegunLists":

@@ -21,8 +21,8 @@ __all__ = ["nearest_centroid"]
 
 _BLOCK_VALUES = 1 << 20
 
-_MANY = 2048
-"""With fewer centroids it is not worth to load torch for its products of integers [1 s]."""
+_MANY_CENTROIDS, _MANY_PRODUCTS = 2048, 1 << 24
+"""With fewer it is not worth to load torch for its products of integers [1 s]."""
 
 _INSTRUCTIONS = "avx512_vnni", "avx_vnni", "amx_int8"
 
@@ -39,8 +39,9 @@ def nearest_centroid(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
     """The centroid (W, D) nearest to each row (K, D), the first of several equal ones; (K,). -1 for NaN."""
     if len(centroids) == 1 or not len(rows):
         return np.zeros(len(rows), np.int64)
-    least, most = _MAGNITUDES
-    if len(centroids) >= _MANY and least < _largest(centroids) < most and _largest(rows) < most and _multiplies_int8():
+    (least, most), num = _MAGNITUDES, len(centroids)
+    is_large = num >= _MANY_CENTROIDS or num * len(rows) >= _MANY_PRODUCTS
+    if is_large and least < _largest(centroids) < most and _largest(rows) < most and _multiplies_int8():
         return _by_int8(rows, centroids, metric)
     return _by_float32(rows, centroids, metric)
 

@@ -60,7 +60,7 @@ def test_how_the_sample_is_divided_never_shows(family: str) -> None:
 
 
 def test_many_lists_found_approximately_do_not_depend_on_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cbir.index.lists._EXACT", 100)
+    monkeypatch.setattr("cbir.index.lists.EXACT_LISTS", 100)
     spec, batch = IvfFlat(lists=1200, metric="l2"), sample(3000)
     assert as_bytes(in_shards(spec, batch, 4).state()) == as_bytes(spec.train(batch, 3).state())
 

@@ -46,7 +46,7 @@ def test_the_processor_never_shows_at_any_scale(
     metric: str, spread: float, offset: float, dim: int, words: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nearest, "_multiplies_int8", lambda: multiplies)
-    monkeypatch.setattr(nearest, "_MANY", 2)
+    monkeypatch.setattr(nearest, "_MANY_CENTROIDS", 2)
     rng = np.random.default_rng(1)
     rows, centroids = (
         (offset + spread * rng.normal(size=(num, dim)) * rng.random((num, 1))).astype(np.float32)
@@ -73,7 +73,7 @@ def test_few_centroids_none_and_no_rows(metric: str) -> None:
 
 
 def test_what_is_no_number_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "_MANY", 2)
+    monkeypatch.setattr(nearest, "_MANY_CENTROIDS", 2)
     rows = np.random.default_rng(5).normal(size=(5, 3)).astype(np.float32)
     broken = rows.copy()
     broken[2, 1] = np.nan

@@ -24,9 +24,15 @@ from tests.service.radosgw import Radosgw
 from tests.service.runs import stages_of
 
 PROJECT = Path(__file__).resolve().parents[2]
+LONGEST = ("test_real_photographs", "test_pipeline_radosgw", "test_crashes", "test_planted_secrets", "test_nodes")
 MOTO_PAGE = 10  # keys per page of a listing, so that small tests turn pages
 RADOSGW_UP = PROJECT / "deploy" / "s3" / "radosgw-up"
 RADOSGW_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "monmaptool", "curl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def free_port() -> int:
