@@ -24,6 +24,7 @@ from cbir.config import Channel, assets_of
 from cbir.errors import CbirError, StorageError
 from cbir.features.describer import Describer
 from cbir.images import Decoder, Limits, View
+from cbir.index.nearest import compute_on
 from cbir.spec import Method, fingerprint
 from cbir.storage import DISK_FULL, Store, open_store
 
@@ -79,6 +80,8 @@ class Worker:
         limit_threads()
         self.store: Store = open_store(store_uri)
         self.device = device
+        if device != "cpu":
+            compute_on(device)
         self.timer = Timer()
         self.tally: Counter[str] = Counter()
         _remove_scratch_of_the_dead()

@@ -3,7 +3,7 @@
 A float32 matrix product may give a row other last bits in another batch, and then a near-tie falls to another centroid.
 Here products in low precision find the candidates, and double precision decides among all that rounding could have
 swapped. For many centroids the products are those of 8-bit integers, where the processor has instructions for them,
-which cost a fifth of those in float32.
+which cost a fifth of those in float32, or those of a GPU, where a process was told to use one.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from cbir.index.dense import FAISS_METRIC, Metric
 from cbir.types import Float64s, Floats, Int64s
 
-__all__ = ["nearest_centroid"]
+__all__ = ["compute_on", "nearest_centroid"]
 
 _BLOCK_VALUES = 1 << 20
 
@@ -31,8 +31,20 @@ _MAGNITUDES = 1e-9, 1e9
 
 _GROUP, _BLOCK_PRODUCTS = 64, 1 << 19
 
+_DEVICE_PRODUCTS = 1 << 26
+"""Products that a device holds at a time, of 4 bytes each."""
+
+_device = "cpu"
+
 Int8s = npt.NDArray[np.int8]
 Int32s = npt.NDArray[np.int32]
+
+
+def compute_on(device: str) -> None:
+    """From now on, let a torch device find the candidates among many centroids in this process; the results are the
+    same on all of them."""
+    global _device
+    _device = device
 
 
 def nearest_centroid(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
@@ -41,9 +53,18 @@ def nearest_centroid(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
         return np.zeros(len(rows), np.int64)
     (least, most), num = _MAGNITUDES, len(centroids)
     is_large = num >= _MANY_CENTROIDS or num * len(rows) >= _MANY_PRODUCTS
-    if is_large and least < _largest(centroids) < most and _largest(rows) < most and _multiplies_int8():
-        return _by_int8(rows, centroids, metric)
+    if is_large and least < _largest(centroids) < most and _largest(rows) < most:
+        centroids = _writable(centroids)
+        if _device != "cpu":
+            return _by_device(rows, centroids, metric, _device)
+        if _multiplies_int8():
+            return _by_int8(rows, centroids, metric)
     return _by_float32(rows, centroids, metric)
+
+
+def _writable(rows: Floats) -> Floats:
+    """A copy of what is read-only, for which numba would compile every loop once more, and of which torch warns."""
+    return np.require(rows, np.float32, ["C", "W"])
 
 
 def _largest(values: Floats) -> float:
@@ -56,7 +77,7 @@ def _multiplies_int8() -> bool:
     """Whether this processor has instructions for products of 8-bit integers."""
     import torch
 
-    found = torch.cpu.get_capabilities()
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # which older ones of torch lack
     return any(found.get(name, False) for name in _INSTRUCTIONS)
 
 
@@ -109,6 +130,39 @@ def _decided(scores: Floats, limits: Floats, rows: Floats, centroids: Floats, is
     return nearest
 
 
+def _by_device(rows: Floats, centroids: Floats, metric: Metric, device: str) -> Int64s:
+    """By float32 without short cuts, for vectors less the mean of the centroids; what comes near the best is decided
+    here."""
+    import torch
+
+    num, is_l2 = len(centroids), metric == "l2"
+    mean = np.asarray(np.add.reduce(centroids, axis=0, dtype=np.float64) / num, np.float32)
+    words = torch.from_numpy(centroids - mean).to(device)
+    squares = words.square().sum(1)
+    biases = squares / 2 if is_l2 else torch.zeros_like(squares)
+    nearest, step = np.empty(len(rows), np.int64), max(1, _DEVICE_PRODUCTS // num)
+    for start in range(0, len(rows), step):
+        some = _writable(rows[start : start + step])
+        left = torch.from_numpy(some - mean if is_l2 else some).to(device)
+        scores = torch.addmm(-biases, left, words.T)
+        margins = (left.square().sum(1) + squares.max()) * float(64 * np.finfo(np.float32).eps) + 1e-30
+        owner, word = torch.nonzero(scores >= (scores.amax(1) - margins)[:, None], as_tuple=True)
+        nearest[start : start + step] = -1
+        _decide_pairs(owner.cpu().numpy(), word.cpu().numpy(), some, centroids, is_l2, nearest[start:])
+    return nearest
+
+
+@numba.njit(cache=True, nogil=True)
+def _decide_pairs(owners: Int64s, words: Int64s, rows: Floats, centroids: Floats, is_l2: bool, nearest: Int64s) -> None:
+    """Of pairs of row and centroid, which are sorted, the nearest of each row."""
+    best = np.full(len(rows), -np.inf)
+    for at in range(len(owners)):
+        row, word = owners[at], words[at]
+        score = _exact_score(rows[row], centroids[word], is_l2)
+        if score > best[row]:
+            best[row], nearest[row] = score, word
+
+
 class _Rounded(NamedTuple):
     """Vectors (n, D) less a centre as `scales * numbers`; the norms of these, and of what rounding took."""
 
@@ -159,7 +213,7 @@ def _by_int8(rows: Floats, centroids: Floats, metric: Metric) -> Int64s:
     right, step = torch.from_numpy(numbers).T, max(32, _BLOCK_PRODUCTS // len(scales))
     nearest, products = np.empty(len(rows), np.int64), torch.empty((step, len(scales)), dtype=torch.int32)
     for start in range(0, len(rows), step):
-        some = rows[start : start + step]
+        some = _writable(rows[start : start + step])
         left = _Rounded.of(some, centre)
         torch._int_mm(torch.from_numpy(left.numbers), right, out=products[: len(some)])
         # Rounding moves a score by at most |x - x'| |c| + |x'| |c - c'|, up for the one and down for the other word;

@@ -37,15 +37,17 @@ def test_the_first_of_the_nearest_is_found_where_rounding_cannot_tell(way: str, 
 
 
 @METRICS
-@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("how", ["int8", "float32", "device"])
 @pytest.mark.parametrize(
     ("spread", "offset", "dim", "words"),
     [(1.0, 0.0, 17, 130), (1e-3, 50.0, 8, 64), (1e4, 0.0, 33, 65), (1.0, 3.0, 128, 2), (1e-20, 0.0, 4, 9)],
 )
 def test_the_processor_never_shows_at_any_scale(
-    metric: str, spread: float, offset: float, dim: int, words: int, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+    metric: str, spread: float, offset: float, dim: int, words: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nearest, "_multiplies_int8", lambda: multiplies)
+    """The device is the processor under another name."""
+    monkeypatch.setattr(nearest, "_multiplies_int8", lambda: how == "int8")
+    monkeypatch.setattr(nearest, "_device", "cpu:0" if how == "device" else "cpu")
     monkeypatch.setattr(nearest, "_MANY_CENTROIDS", 2)
     rng = np.random.default_rng(1)
     rows, centroids = (
@@ -62,6 +64,7 @@ def test_whole_numbers_with_many_ties(metric: str) -> None:
     rows, centroids = (rng.integers(0, 3, (num, 6)).astype(np.float32) for num in (2000, 300))
     expected = exact(rows, centroids, metric).argmax(1)
     np.testing.assert_array_equal(nearest._by_int8(rows, centroids, metric), expected)
+    np.testing.assert_array_equal(nearest._by_device(rows, centroids, metric, "cpu"), expected)
     np.testing.assert_array_equal(nearest._by_float32(rows, centroids, metric), expected)
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load
 from cbir.artifacts import Done
 from cbir.config import Channel
 from cbir.errors import DataError
+from cbir.index import nearest
 from cbir.types import FEATURES_SCHEMA, FeatureBatch
 from pipelines.build import BuildTask
 from pipelines.tables import open_parquet, read_features
@@ -35,6 +36,12 @@ def data() -> bench.Clustered:
 def sampled(worker: Worker, done: Done, share: float) -> FeatureBatch:
     sample = worker.do(SampleTask.of(done, share, 7)).done
     return FeatureBatch.from_arrow(open_parquet(worker.store, sample.file("sample")).read(FEATURES_SCHEMA.names))
+
+
+def test_a_worker_on_a_gpu_lets_it_find_centroids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_device", "cpu")
+    Worker(str(tmp_path / "store"), "cuda").close()
+    assert nearest._device == "cuda"
 
 
 def test_the_hash_that_draws_the_sample_is_even() -> None:
