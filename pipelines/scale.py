@@ -13,8 +13,9 @@ from pipelines.estimates import Estimate, Line, Trial, in_bytes, in_time
 
 __all__ = ["Scale", "at_scale"]
 
-BUILD_S_OF_VECTOR = 40e-6
-"""Processor time to code and merge a vector of D = 128 among 4,096 lists (bench_dense_scale.py, 1,000,000 vectors)."""
+BUILD_S_OF_VECTOR = 24e-6
+"""Processor time to code and merge a vector of D = 128 among 4,096 lists (bench_dense_peers.py, 1,000,000 vectors); on
+processors that multiply 8-bit integers it is half of that."""
 
 BUILD_S_OF_FEATURE = 25e-6
 """Processor time to find the word of a local feature among 65,536 and to merge its posting (bench_codebook.py,
