@@ -181,7 +181,7 @@ def test_index_writes_a_report_when_asked(own: Path, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert outcome.out.strip().endswith("report.html")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [row["name"] for row in report["stages"]][:3] == ["plan", "workers", "extract"]
+    assert [row["name"] for row in report["stages"]][:3] == ["plan", "extract", "sample"]
     assert report["counts"]["indexed"] == 5
 
 
