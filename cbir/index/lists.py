@@ -1,12 +1,15 @@
 """Training of the lists of an inverted file, by one worker to begin with and then by all."""
 
+import itertools
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cbir.encoding.assigners import DirectionAssigner
 from cbir.encoding.kmeans import Sums, assignment_sums, common_exponent, nested_parts, sampled_rows, unit_rows, update
-from cbir.encoding.scan import nearest_of
+from cbir.encoding.scan import finite_rows, nearest_of
 from cbir.index.nearest import nearest_centroid
 from cbir.types import Array, Float64s, Floats, Int32s
 
@@ -32,7 +35,9 @@ class _AllLists:
 
     def nearest(self, rows: Array, num: int) -> tuple[Int32s, Float64s]:
         """The nearest centroid; `num` is 1."""
-        return _nearest(np.asarray(rows, np.float32), self.centroids, num)
+        block = finite_rows(rows, self.centroids.shape[1])
+        words = nearest_centroid(block, self.centroids, "l2")[:, None].astype(np.int32)
+        return nearest_of(block, words, self.centroids, num)
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,14 @@ class BegunLists:
         """From rows (n, D), of which at most 256 per list are used."""
         sample = sampled_rows(rows, lists, seed)
         placed = unit_rows(sample) if spherical else sample
-        parts, exponent = list(nested_parts(placed, lists, seed)), common_exponent(placed)
+        parts: Iterable[Array]
+        exponent, growing = common_exponent(placed), nested_parts(placed, lists, seed)
         if lists < EXACT_LISTS:
-            parts = [parts[-1]] * _FIRST_ROUNDS
-            start = _spread_rows(parts[0], lists, seed)
+            largest = deque(growing, maxlen=1).pop()
+            parts, start = itertools.repeat(largest, _FIRST_ROUNDS), _spread_rows(largest, lists, seed)
         else:
-            drawn = np.random.default_rng(seed).choice(len(parts[0]), lists, replace=False)
-            start = np.asarray(parts[0][np.sort(drawn)], np.float32)
+            first = next(growing)
+            parts, start = itertools.chain([first], growing), _drawn_rows(first, lists, np.random.default_rng(seed))
         begun = cls(start, exponent, spherical)
         for part in parts:
             begun = begun.after(begun.sums(part))
@@ -76,22 +82,21 @@ class BegunLists:
         return replace(self, centroids=unit_rows(means) if self.spherical else means)
 
 
+def _drawn_rows(rows: Array, num: int, rng: np.random.Generator) -> Floats:
+    return np.asarray(rows[np.sort(rng.choice(len(rows), num, replace=False))], np.float32)
+
+
 def _spread_rows(rows: Array, num: int, seed: int) -> Floats:
     """So many of at least as many rows, which lie apart: drawn in proportion to their squared distance from those drawn
     before (k-means++, Arthur and Vassilvitskii 2007), many at a time (Bahmani et al., Scalable k-means++, 2012).
     """
-    rng, flat, at_once = np.random.default_rng(seed), np.asarray(rows, np.float32), -(-num // _DRAWS)
-    chosen = np.sort(rng.choice(len(flat), at_once, replace=False))
-    squared = _nearest(flat, flat[chosen], 1)[1][:, 0]
+    rng, at_once, squared = np.random.default_rng(seed), -(-num // _DRAWS), np.full(len(rows), np.inf)
+    chosen = latest = _drawn_rows(rows, at_once, rng)
     while len(chosen) < num:
+        squared = np.minimum(squared, _AllLists(latest).nearest(rows, 1)[1][:, 0])
         with np.errstate(divide="ignore"):
-            turns = rng.exponential(size=len(flat)) / squared  # the first ones are such a draw
+            turns = rng.exponential(size=len(rows)) / squared  # the first ones are such a draw
         drawn = np.argsort(turns, kind="stable")[: min(at_once, num - len(chosen))]
-        chosen = np.concatenate([chosen, drawn])
-        squared = np.minimum(squared, _nearest(flat, flat[drawn], 1)[1][:, 0])
-    return flat[chosen]
-
-
-def _nearest(rows: Floats, centroids: Floats, num: int) -> tuple[Int32s, Float64s]:
-    words = nearest_centroid(rows, centroids, "l2")[:, None].astype(np.int32)
-    return nearest_of(rows, words, centroids, num)
+        latest = np.asarray(rows[drawn], np.float32)
+        chosen = np.concatenate([chosen, latest])
+    return chosen
